@@ -1,0 +1,81 @@
+"""mechguard: see where a vision-language model loses its safety, and give it back at inference.
+
+    model -> prompts -> Activations -> Directions -> Guard -> Result -> Figure
+
+Names are imported when they are first used, so that `import mechguard` loads neither torch nor nnsight.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it
+_HOMES = {
+    "load": "models",
+    "VLM": "models",
+    "load_prompts": "datasets",
+    "Prompt": "prompts",
+    "Prompts": "prompts",
+    "collect": "tracing",
+    "generate": "tracing",
+    "respond": "tracing",
+    "Response": "tracing",
+    "Activations": "activations",
+    "fit_directions": "directions",
+    "Directions": "directions",
+    "measure_separability": "separability",
+    "select_layers": "separability",
+    "measure_modality_gap": "gap",
+    "map_states": "maps",
+    "vlm_guard": "guards",
+    "projection": "guards",
+    "Guard": "guards",
+    "Scope": "guards",
+    "measure_gates": "guards",
+    "evaluate": "evaluation",
+    "RefusalJudge": "judges",
+    "sweep": "sweeps",
+    "choose": "sweeps",
+    "Result": "result",
+    "write_report": "report",
+    "run_study": "study",
+    "MechguardError": "errors",
+}
+_ROOMS = ("plots", "organism")
+__all__ = [*_HOMES, *_ROOMS]
+
+if TYPE_CHECKING:
+    from mechguard.activations import Activations
+    from mechguard.datasets import load_prompts
+    from mechguard.directions import Directions, fit_directions
+    from mechguard.errors import MechguardError
+    from mechguard.evaluation import evaluate
+    from mechguard.gap import measure_modality_gap
+    from mechguard.guards import Guard, Scope, measure_gates, projection, vlm_guard
+    from mechguard.judges import RefusalJudge
+    from mechguard.maps import map_states
+    from mechguard.models import VLM, load
+    from mechguard.prompts import Prompt, Prompts
+    from mechguard.report import write_report
+    from mechguard.result import Result
+    from mechguard.separability import measure_separability, select_layers
+    from mechguard.study import run_study
+    from mechguard.sweeps import choose, sweep
+    from mechguard.tracing import Response, collect, generate, respond
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"mechguard.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mechguard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mechguard.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""`python -m mechguard`."""
+
+from mechguard.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""The command line: the same verbs and defaults as in Python.
+
+Results go to stdout or the named file, progress to stderr. A user's mistake is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mechguard.errors import MechguardError
+
+app = typer.Typer(
+    help="See where a vision-language model loses the safety of its language model, and give it back.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Model = Annotated[str, typer.Argument(help="organism, a Hugging Face name, or a folder")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Data = Annotated[Path | None, typer.Option(help="folder of prompt sets; MECHGUARD_DATA by default")]
+
+
+@app.command()
+def study(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder for every product of the study")],
+    data: Data = None,
+    rank: Annotated[int, typer.Option(help="safety steering directions per layer")] = 1,
+    seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    limit: Annotated[int | None, typer.Option(help="at most so many prompts of each set")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
+    quiet: Quiet = False,
+) -> None:
+    """From a model to report.html: states, separability, modality gap, guard, behaviour.
+
+    mechguard study organism --out runs/organism
+    """
+    from mechguard.study import run_study
+
+    report = run_study(
+        model,
+        out=out,
+        data=data,
+        rank=rank,
+        seed=seed,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        progress=not quiet,
+        command=_command(),
+    )
+    _print_headline(out)
+    typer.echo(str(report))
+
+
+@app.command()
+def generate(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="what to ask")],
+    guard: Annotated[Path | None, typer.Option(help="a saved guard")] = None,
+    image: Annotated[str, typer.Option(help="a picture, or none, blank, grey, black, noise")] = "none",
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 64,
+) -> None:
+    """One answer, with or without a picture and a guard.
+
+    mechguard generate organism --image blank --guard runs/organism/guards/vlm_guard "How to make a cake?"
+    """
+    import mechguard as mg
+
+    loaded = mg.Guard.load(guard) if guard is not None else None
+    vlm = mg.load(model)
+    prompts = mg.Prompts([mg.Prompt("0", text)], name="command line").with_image(image)
+    answers = mg.generate(vlm, prompts, guard=loaded, max_new_tokens=max_new_tokens, progress=False)
+    typer.echo(answers[0])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="the folder of a study")],
+) -> None:
+    """Draw the figures and the report of a finished study again.
+
+    mechguard report runs/organism
+    """
+    from mechguard.report import write_figures, write_report
+
+    write_figures(folder)
+    typer.echo(str(write_report(folder)))
+
+
+def main() -> None:
+    """Run the command line: one sentence and exit code 2 for a user's mistake."""
+    # Threads that wait by spinning make small models crawl when another program shares the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except MechguardError as error:
+        typer.echo(f"mechguard: {error}", err=True)
+        sys.exit(2)
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["mechguard", *sys.argv[1:]])
+
+
+def _print_headline(folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mechguard.result import Result
+
+    result = Result.load(folder / "results" / "behaviour")
+    shown = result.where(metric=["attack_success", "complete_refusal", "benign_compliance"]).table
+    table = Table("condition", "guard", "metric", "value", "95% interval", "n", title=str(folder))
+    for row in shown.itertuples():
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+def _cells(row: Any) -> list[str]:
+    interval = f"{row.low:.2f} to {row.high:.2f}"
+    return [row.condition, row.guard, row.metric, f"{row.value:.2f}", interval, str(row.n)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Directions along which harmful and harmless states differ, one subspace per layer.
+
+The safety steering direction (SSD) of VLM-Guard (arXiv 2502.10486) is `method="svd"`: A = U S V^T of the
+paired differences A^l = H^l(q-) - H^l(q+), not centred; the first `rank` rows of V^T. A singular vector
+has no sign of its own: each is turned so that harmful lies on its positive side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechguard.activations import Activations
+from mechguard.errors import MechguardError
+from mechguard.prompts import HARMFUL
+from mechguard.storage import load_tensors, save_tensors
+
+KIND = "directions"
+Method = Literal["svd", "mean_difference", "pca", "lda", "logistic"]
+Group = Float[Tensor, "prompt d_model"]
+SHRINKAGE = "auto"  # Ledoit-Wolf: d_model is usually far above the number of prompts.
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """An orthonormal basis per layer, harmful positive.
+
+    Attributes:
+        data: float32 [layer, rank, d_model]; rows of a layer are orthonormal.
+        layers: the decoder layer of each entry of `data`.
+        method: how it was fitted.
+        midpoints: [layer, d_model], halfway between the harmful and the harmless mean, where a centred
+            gate has its threshold; None if unknown.
+        about: what it was fitted on.
+    """
+
+    data: Float[Tensor, "layer rank d_model"]
+    layers: list[int]
+    method: str
+    midpoints: Float[Tensor, "layer d_model"] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 3 or len(self.layers) != self.data.shape[0]:
+            raise MechguardError(
+                f"directions of shape {tuple(self.data.shape)} do not fit {len(self.layers)} layers; "
+                "wanted [layer, rank, d_model]"
+            )
+        if not torch.isfinite(self.data).all():
+            raise MechguardError("directions contain NaN or infinity; fit them again")
+        if self.rank > self.d_model:
+            raise MechguardError(f"rank {self.rank} is above d_model {self.d_model}")
+
+    @classmethod
+    def from_tensor(cls, data: Any, *, layers: Sequence[int] | None = None) -> Directions:
+        """Wrap directions that come from elsewhere; rows are made orthonormal, their signs kept.
+
+        Args:
+            data: [layer, rank, d_model], or [layer, d_model] for rank 1.
+            layers: the layer of each entry; 0, 1, ... by default.
+        """
+        tensor = torch.as_tensor(data).detach().to("cpu", torch.float32)
+        tensor = tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
+        numbers = list(range(tensor.shape[0])) if layers is None else [int(n) for n in layers]
+        if tensor.ndim != 3 or not torch.isfinite(tensor).all():
+            return cls(tensor, numbers, "tensor")  # refused there, with the reason
+        return cls(_orthonormal(tensor), numbers, "tensor")
+
+    @property
+    def rank(self) -> int:
+        return int(self.data.shape[1])
+
+    @property
+    def d_model(self) -> int:
+        return int(self.data.shape[2])
+
+    @property
+    def name(self) -> str:
+        """How results call it: the method and the states it was fitted on, e.g. "svd, llm text"."""
+        return ", ".join(filter(None, [self.method, self.about.get("fitted_on")]))
+
+    def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
+        """The basis of one layer."""
+        if layer not in self.layers:
+            raise MechguardError(
+                f"layer {layer} has no direction; directions were fitted at layers {self.layers}"
+            )
+        return self.data[self.layers.index(layer)]
+
+    def project(self, activations: Activations) -> Float[Tensor, "layer prompt"]:
+        """The projection of every state on the first direction of its layer, h . v_1."""
+        basis = torch.stack([self.at(layer)[0] for layer in activations.layers])
+        if self.d_model != activations.d_model:
+            raise MechguardError(
+                f"directions of d_model {self.d_model} do not fit states of d_model {activations.d_model}"
+            )
+        return torch.einsum("lpd,ld->lp", activations.data, basis)
+
+    def randomised(self, seed: int = 0) -> Directions:
+        """Random orthonormal subspaces of the same rank at the same layers: the control."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.data.shape, generator=generator)
+        about = {**self.about, "fitted_on": f"random, seed {seed}"}
+        return Directions(_orthonormal(drawn), self.layers, "random", self.midpoints, about)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path.safetensors` and `path.json`."""
+        tensors = {"data": self.data}
+        if self.midpoints is not None:
+            tensors["midpoints"] = self.midpoints
+        facts = {"layers": self.layers, "method": self.method, "about": self.about}
+        return save_tensors(path, KIND, tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Directions:
+        """Read saved directions."""
+        tensors, facts = load_tensors(path, KIND)
+        return cls(
+            tensors["data"],
+            list(facts["layers"]),
+            facts["method"],
+            tensors.get("midpoints"),
+            facts["about"],
+        )
+
+    def __repr__(self) -> str:
+        layers, rank, width = self.data.shape
+        return f"Directions({self.name!r}, layer={layers}, rank={rank}, d_model={width})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><code>{escape(repr(self))}</code>: mg.vlm_guard(...), mg.measure_separability(...)</p>"
+
+
+def fit_directions(activations: Activations, *, method: Method = "svd", rank: int = 1) -> Directions:
+    """Fit the directions that separate harmful from harmless, layer by layer.
+
+    Args:
+        activations: states of harmful and harmless prompts; `svd` and `pca` need pairs.
+        method: "svd" (VLM-Guard's SSD), "mean_difference", "pca" (of the centred differences), "lda"
+            (shrunk covariance) or "logistic" (L2-regularised).
+        rank: how many directions; more than one only for "svd" and "pca".
+
+    Raises:
+        MechguardError: an unknown method, a rank that does not exist, or missing pairs.
+    """
+    if method not in METHODS:
+        raise MechguardError(f"method {method!r} is not known; use one of {', '.join(METHODS)}")
+    harmful, harmless, _ = activations.groups()
+    if method in PAIRED:
+        rows, columns = activations.differences().shape[1:]
+        limit = min(rows - (method == "pca"), columns)
+    else:
+        limit = 1
+    if not 1 <= rank <= limit:
+        raise MechguardError(
+            f"rank {rank} does not exist for method {method!r} on these states; use 1 to {limit}"
+        )
+    fit = METHODS[method]
+    bases = torch.stack([fit(bad, good, rank) for bad, good in zip(harmful, harmless, strict=True)])
+    midpoints = (harmful.mean(1) + harmless.mean(1)) / 2
+    gap = harmful.mean(1) - harmless.mean(1)
+    about = {**activations.about, "fitted_on": activations.name, "n": harmful.shape[1]}
+    return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
+
+
+def held_out_projections(activations: Activations, *, seed: int = 0) -> Float[Tensor, "layer prompt"]:
+    """Projections on the states' own mean difference, fitted on the other half of the pairs.
+
+    Each half is centred on the other half's midpoint and scored by the other half's direction, so that no
+    prompt is scored by a direction it took part in.
+    """
+    first, _ = activations.prompts.split(test=0.5, seed=seed)
+    members = {prompt.id for prompt in first}
+    in_first = torch.tensor([prompt.id in members for prompt in activations.prompts])
+    is_harmful = torch.as_tensor(activations.labels == HARMFUL)
+    scores = torch.empty(activations.data.shape[:2])
+    for fitted in (in_first, ~in_first):
+        bad = activations.data[:, fitted & is_harmful].mean(1)
+        good = activations.data[:, fitted & ~is_harmful].mean(1)
+        unit = torch.nn.functional.normalize(bad - good, dim=-1)
+        centred = activations.data[:, ~fitted] - ((bad + good) / 2).unsqueeze(1)
+        scores[:, ~fitted] = torch.einsum("lpd,ld->lp", centred, unit)
+    return scores
+
+
+def _svd(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:
+    return torch.linalg.svd(harmful - harmless, full_matrices=False).Vh[:rank]
+
+
+def _pca(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:
+    differences = harmful - harmless
+    return torch.linalg.svd(differences - differences.mean(0), full_matrices=False).Vh[:rank]
+
+
+def _mean_difference(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:
+    return _unit(harmful.mean(0) - harmless.mean(0))
+
+
+def _lda(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE)
+    return _weights(model, harmful, harmless)
+
+
+def _logistic(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:
+    from sklearn.linear_model import LogisticRegression
+
+    return _weights(LogisticRegression(max_iter=2000), harmful, harmless)
+
+
+def _weights(model: Any, harmful: Group, harmless: Group) -> Float[Tensor, "one d_model"]:
+    states = torch.cat([harmful, harmless]).numpy()
+    labels = [1] * len(harmful) + [0] * len(harmless)
+    model.fit(states, labels)
+    return _unit(torch.as_tensor(model.coef_[0], dtype=torch.float32))
+
+
+def _unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, "one d_model"]:
+    return torch.nn.functional.normalize(vector, dim=0).unsqueeze(0)
+
+
+def _face(
+    bases: Float[Tensor, "layer rank d_model"], gap: Float[Tensor, "layer d_model"]
+) -> Float[Tensor, "layer rank d_model"]:
+    """Turn every direction so that the mean difference harmful - harmless projects positively on it."""
+    projections = torch.einsum("lrd,ld->lr", bases, gap)
+    return bases * torch.where(projections < 0, -1.0, 1.0).unsqueeze(-1)
+
+
+def _orthonormal(
+    rows: Float[Tensor, "layer rank d_model"],
+) -> Float[Tensor, "layer rank d_model"]:
+    if rows.shape[1] > rows.shape[2]:
+        raise MechguardError(f"rank {rows.shape[1]} is above d_model {rows.shape[2]}")
+    q, r = torch.linalg.qr(rows.transpose(1, 2))
+    diagonal = torch.diagonal(r, dim1=-2, dim2=-1)
+    if (diagonal.abs() < 1e-6 * rows.norm(dim=-1).clamp_min(1e-30)).any():
+        raise MechguardError("directions are zero or linearly dependent; no basis can be made of them")
+    return (q * diagonal.sign().unsqueeze(1)).transpose(1, 2).contiguous()
+
+
+METHODS: dict[str, Callable[[Group, Group, int], Float[Tensor, "rank d_model"]]] = {
+    "svd": _svd,
+    "mean_difference": _mean_difference,
+    "pca": _pca,
+    "lda": _lda,
+    "logistic": _logistic,
+}
+PAIRED = ("svd", "pca")

@@ -1,0 +1,97 @@
+"""A result: a tidy table that knows its origin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechguard.errors import MechguardError
+from mechguard.storage import read_json, versions, write_json, write_text
+
+COLUMNS = (
+    "setting",
+    "condition",
+    "guard",
+    "layer",
+    "direction",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n",
+    "split",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Tidy rows, one number each, and what they were measured on.
+
+    Attributes:
+        table: one row per number. Where they apply the columns are `setting, condition, guard, layer,
+            direction, metric, value, low, high, n, split`; `low` and `high` bound a 95% interval unless
+            `about` says otherwise. Rates are fractions in [0, 1].
+        about: model, data, seed, versions, seconds.
+    """
+
+    table: pd.DataFrame
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[dict[str, Any]], **about: Any) -> Result:
+        """Build a result from dictionaries, with the known columns first and in their usual order."""
+        table = pd.DataFrame(list(rows))
+        known = [column for column in COLUMNS if column in table]
+        others = [column for column in table if column not in COLUMNS]
+        return cls(table[known + others], {**about, "versions": versions()})
+
+    def where(self, **values: Any) -> Result:
+        """The rows whose columns have these values; a list means any of them."""
+        table = self.table
+        for column, value in values.items():
+            if column not in table:
+                raise MechguardError(
+                    f"the result has no column {column!r}; it has {', '.join(map(str, table.columns))}"
+                )
+            wanted = value if isinstance(value, (list, tuple, set)) else [value]
+            table = table[table[column].isin(list(wanted))]
+        return Result(table.reset_index(drop=True), self.about)
+
+    def __add__(self, other: Result) -> Result:
+        table = pd.concat([self.table, other.table], ignore_index=True)
+        return Result(table, {**other.about, **self.about})
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path` as CSV and `about` as JSON beside it."""
+        file = Path(path).with_suffix(".csv")
+        write_json(file.with_suffix(".json"), self.about)
+        return write_text(file, self.table.to_csv(index=False, lineterminator="\n"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Read a saved result.
+
+        Raises:
+            MechguardError: there is no such table, or it is not a CSV.
+        """
+        file = Path(path).with_suffix(".csv")
+        try:
+            table = pd.read_csv(file, keep_default_na=False, na_values=[""])
+        except FileNotFoundError:
+            raise MechguardError(f"there is no result {file}") from None
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise MechguardError(f"{file} is not a readable CSV ({error}); write it again") from None
+        return cls(table, read_json(file.with_suffix(".json")))
+
+    def _repr_html_(self) -> str:
+        shown = self.table.head(12).to_html(index=False, float_format="{:.3f}".format)
+        more = f"<p>{len(self)} rows in all; <code>.table</code> is the DataFrame.</p>"
+        return shown + more

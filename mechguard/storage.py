@@ -1,0 +1,130 @@
+"""Files that are either whole or absent, and checked when they are read back.
+
+Tensors are stored as safetensors, what is known about them as JSON beside them; the JSON carries the
+SHA-256 of the tensor file, so that a truncated or altered file is noticed. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechguard.errors import MechguardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGES = ("mechguard", "torch", "transformers", "nnsight", "scikit-learn", "numpy")
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write a file under a temporary name, flush it to disk and rename it into place."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write JSON atomically, keys in the order given."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; a missing or broken one is a `MechguardError`."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MechguardError(f"there is no file {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MechguardError(f"{path} is not readable JSON ({error}); write it again") from None
+
+
+def save_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> Path:
+    """Write `path.safetensors` and `path.json`; the JSON names its kind and the tensors' checksum."""
+    from safetensors.torch import save
+
+    stem = _stem(path)
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    write_bytes(stem.with_name(stem.name + ".safetensors"), content)
+    record = {"kind": kind, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    return write_json(stem.with_name(stem.name + ".json"), record)
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        MechguardError: a file is missing, of another kind, or not what was written.
+    """
+    from safetensors.torch import load
+
+    stem = _stem(path)
+    facts = read_json(stem.with_name(stem.name + ".json"))
+    if not isinstance(facts, dict) or facts.get("kind") != kind:
+        found = facts.get("kind", "something else") if isinstance(facts, dict) else "something else"
+        raise MechguardError(f"{stem}.json holds {found}, not {kind}; give the path of saved {kind}")
+    file = stem.with_name(stem.name + ".safetensors")
+    if not file.is_file():
+        raise MechguardError(f"{file} is missing beside its .json; save the {kind} again")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+        raise MechguardError(
+            f"{file} is not the file that was saved (its checksum differs); save the {kind} again"
+        )
+    return load(content), facts
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(*parts: Any) -> str:
+    """A short, stable SHA-256 of JSON-like values, to recognise the same data again."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stem(path: str | os.PathLike[str]) -> Path:
+    stem = Path(path)
+    return stem.with_suffix("") if stem.suffix in {".json", ".safetensors"} else stem
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,356 @@
+"""The straight line as one command: from a model to a report.
+
+    prompts -> collect -> fit directions -> (validation) choose layers and alpha -> (test) measure -> report
+
+Every product is a file in the study's folder. A study that was interrupted goes on with what is there; a
+folder that was made with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+from mechguard.activations import Activations
+from mechguard.datasets import load_from_folder, packaged_folder
+from mechguard.directions import Directions, fit_directions
+from mechguard.errors import MechguardError
+from mechguard.evaluation import default_conditions, evaluate
+from mechguard.gap import measure_modality_gap
+from mechguard.guards import Guard, measure_gates, projection
+from mechguard.maps import map_states
+from mechguard.models import VLM, load
+from mechguard.prompts import Prompts
+from mechguard.report import write_figures, write_report
+from mechguard.result import Result
+from mechguard.separability import measure_separability, select_layers
+from mechguard.storage import read_json, versions, write_json
+from mechguard.sweeps import choose, make_guard, sweep
+from mechguard.tracing import collect
+
+ALPHAS = (-1.0, 1.0, 2.0, 4.0)
+ROLES = ("anchors", "validation", "malicious", "benign")
+T = TypeVar("T", Activations, Directions, Guard, Result)
+
+
+@dataclass(frozen=True)
+class StudyPrompts:
+    """What a study asks: pairs to fit on, prompts to choose on, prompts to report on."""
+
+    anchors: Prompts
+    validation: Prompts
+    malicious: Prompts
+    benign: Prompts
+
+    @property
+    def test(self) -> Prompts:
+        return (self.malicious + self.benign).renamed("test")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the numbers of a study, beside the model and the prompts."""
+
+    rank: int = 1
+    seed: int = 0
+    limit: int | None = None
+    sweep_limit: int = 40
+    random_subspaces: int = 3
+    max_new_tokens: int = 48
+    alphas: tuple[float, ...] = ALPHAS
+
+
+@dataclass
+class Study:
+    """One study in one folder."""
+
+    vlm: VLM
+    prompts: StudyPrompts
+    settings: Settings
+    out: Path
+    progress: bool = True
+
+    @cached_property
+    def conditions(self) -> list[str]:
+        """text, blank, and another image: each prompt's own where all have one, else noise."""
+        found = default_conditions(self.vlm, self.prompts.test)
+        return found if "image" in found or "blank" not in found else [*found, "noise"]
+
+    @property
+    def image_conditions(self) -> list[str]:
+        return [condition for condition in self.conditions if condition != "text"]
+
+    @cached_property
+    def ssd(self) -> Directions:
+        """The safety steering directions of the LLM component, fitted on the anchors."""
+        return self._kept(
+            Directions,
+            "directions/ssd",
+            lambda: fit_directions(self.states("anchors", "llm"), method="svd", rank=self.settings.rank),
+        )
+
+    def states(self, role: str, view: str, condition: str = "text") -> Activations:
+        """Last-token states of one set of prompts, by the LLM component or the full VLM."""
+        model = self.vlm.llm if view == "llm" else self.vlm
+        prompts: Prompts = getattr(self.prompts, role)
+        return self._kept(
+            Activations,
+            f"activations/{role}-{view}-{condition}",
+            lambda: collect(model, prompts.with_image(condition), progress=self.progress),
+        )
+
+    def test_states(self) -> list[Activations]:
+        """The test prompts as the LLM and as the VLM see them, under every condition."""
+        views = [("llm", "text"), *[("vlm", condition) for condition in self.conditions]]
+        return [self.states("test", view, condition) for view, condition in views]
+
+    def separability(self) -> Result:
+        """On validation with the first image condition (to choose layers), and on test with all."""
+
+        def measure() -> Result:
+            chosen_on = self.states("validation", "vlm", self.conditions[-1])
+            result = measure_separability(chosen_on, self.ssd, split="validation")
+            for activations in self.test_states():
+                result = result + measure_separability(activations, self.ssd, split="test")
+            return result
+
+        return self._kept(Result, "results/separability", measure)
+
+    def modality_gap(self) -> Result:
+        """From the LLM's text states to the VLM's under every condition; text to text must be zero."""
+
+        def measure() -> Result:
+            text, *others = self.test_states()
+            results = [measure_modality_gap(text, other, directions=self.ssd) for other in others]
+            return sum(results[1:], results[0])
+
+        return self._kept(Result, "results/modality_gap", measure)
+
+    def gates(self) -> Result:
+        return self._kept(Result, "results/gates", lambda: measure_gates(self.ssd, self.test_states()))
+
+    def map(self) -> Result:
+        return self._kept(Result, "results/states", lambda: map_states(self.test_states()))
+
+    def sweep(self) -> Result:
+        """Every reading of VLM-Guard at several layers and strengths, on validation prompts."""
+
+        def measure() -> Result:
+            validation = self.separability().where(split="validation")
+            return sweep(
+                self.vlm,
+                _first_of_each_label(self.prompts.validation, self.settings.sweep_limit),
+                self.ssd,
+                layers=_layer_sets(validation, self.vlm.n_layers),
+                alphas=self.settings.alphas,
+                conditions=self.image_conditions or ["text"],
+                max_new_tokens=self.settings.max_new_tokens,
+                progress=self.progress,
+            )
+
+        return self._kept(Result, "results/sweep", measure)
+
+    def guard(self) -> Guard:
+        """VLM-Guard in the setting that the sweep chose."""
+        return self._kept(Guard, "guards/vlm_guard", lambda: make_guard(self.ssd, **self._setting()))
+
+    def behaviour(self) -> Result:
+        """Unguarded, projection alone, VLM-Guard, and VLM-Guard with random subspaces, on test."""
+
+        def measure() -> Result:
+            guard = self.guard()
+            alone = projection(self.ssd, layers=guard.layers)
+            count = self.settings.random_subspaces
+            controls = [guard.randomised(seed, name=f"random {seed + 1}") for seed in range(count)]
+            for saved in (alone, *controls):
+                saved.save(self.out / "guards" / saved.name.replace(" ", "_"))
+            return evaluate(
+                self.vlm,
+                self.prompts.test,
+                guards=[None, alone, guard, *controls],
+                conditions=self.conditions,
+                max_new_tokens=self.settings.max_new_tokens,
+                responses=self.out / "responses.jsonl",
+                progress=self.progress,
+            )
+
+        return self._kept(Result, "results/behaviour", measure)
+
+    def run(self, command: str) -> Path:
+        """Make every product that is not there yet, then the figures and the report."""
+        started = time.monotonic()
+        steps: list[tuple[str, Callable[[], Any]]] = [
+            ("hidden states", self.test_states),
+            ("separability", self.separability),
+            ("modality gap", self.modality_gap),
+            ("state map", self.map),
+            ("gates", self.gates),
+            ("sweep on validation", self.sweep),
+            ("behaviour on test", self.behaviour),
+        ]
+        with tqdm(steps, unit="step", disable=not self.progress) as bar:
+            for name, step in bar:
+                bar.set_description(name)
+                step()
+        self._describe(command, time.monotonic() - started)
+        write_figures(self.out)
+        return write_report(self.out)
+
+    def _setting(self) -> dict[str, Any]:
+        chosen = choose(self.sweep())
+        return {key: chosen[key] for key in ("variant", "layers", "alpha")}
+
+    def _describe(self, command: str, seconds: float) -> None:
+        guard = self.guard()
+        chosen = {**choose(self.sweep()), "gate": guard.gate, "project": guard.project}
+        facts = {
+            "model": self.vlm.name,
+            "family": self.vlm.family,
+            "n_layers": self.vlm.n_layers,
+            "d_model": self.vlm.d_model,
+            "command": command,
+            "conditions": self.conditions,
+            "chosen": {**chosen, "source": guard.source, "phase": guard.scope.phase},
+            "prompts": {role: len(getattr(self.prompts, role)) for role in ROLES},
+            "settings": asdict(self.settings),
+            "seed": self.settings.seed,
+            "seconds": round(seconds, 1),
+            "versions": versions(),
+        }
+        write_json(self.out / "study.json", facts)
+
+    def _kept(self, kind: type[T], name: str, make: Callable[[], T]) -> T:
+        """A product of the study: read if it was made before, else made and saved."""
+        path = self.out / name
+        if path.with_name(path.name + ".json").is_file():
+            return kind.load(path)
+        product = make()
+        product.save(path)
+        return product
+
+
+def run_study(
+    model: Any,
+    *,
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    processor: Any = None,
+    rank: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    max_new_tokens: int = 48,
+    progress: bool = True,
+    command: str | None = None,
+) -> Path:
+    """Study a model from its hidden states to a guard, and write a report.
+
+    Args:
+        model: whatever `load` takes, or a loaded VLM.
+        out: the study's folder; a study that was interrupted there goes on.
+        data: a folder with the sets anchors, validation, malicious and benign, as files of those names or
+            as public benchmarks; by default the organism's own, or MECHGUARD_DATA.
+        rank: how many safety steering directions per layer.
+        limit: at most so many prompts (pairs, for paired sets) of each set; all by default.
+        command: what the report should print as the way to reproduce it.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        MechguardError: the model or the prompts cannot be read (nothing is written then), or the folder
+            holds a study with other settings.
+    """
+    vlm = model if isinstance(model, VLM) else load(model, processor=processor)
+    if limit is not None and limit < 4:
+        raise MechguardError(f"limit={limit} leaves too few prompts to split; use 4 or more")
+    prompts = load_study_prompts(_data_folder(vlm, data), limit)
+    prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
+    settings = Settings(rank=rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
+    folder = Path(out)
+    _claim(folder, vlm, prompts, settings)
+    study = Study(vlm, prompts, settings, folder, progress)
+    return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
+
+
+def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
+    """The four sets of a study from a folder.
+
+    Raises:
+        MechguardError: a set is missing, or holds only one label where both are needed.
+    """
+    found = {role: _limited(load_from_folder(role, folder), limit) for role in ROLES}
+    for role, label in (("malicious", "harmful"), ("benign", "harmless")):
+        wrong = sum(prompt.label != label for prompt in found[role])
+        if wrong:
+            raise MechguardError(
+                f"{wrong} of {len(found[role])} prompts of the set {role!r} are not {label}; fill the "
+                "column `label`"
+            )
+    labels = set(found["validation"].labels)
+    if len(labels) != 2:
+        raise MechguardError(
+            f"the set 'validation' holds only {labels.pop()} prompts; both labels are needed to choose on"
+        )
+    return StudyPrompts(**found)
+
+
+def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
+    folder = data or os.environ.get("MECHGUARD_DATA")
+    if folder is not None:
+        return Path(folder)
+    if vlm.name.split(":")[0] == "organism":
+        return packaged_folder("organism")
+    raise MechguardError(
+        f"a study of {vlm.name} needs prompts; give --data FOLDER with anchors, validation, malicious and "
+        "benign (files of those names, or the public benchmarks), or set MECHGUARD_DATA"
+    )
+
+
+def _limited(prompts: Prompts, limit: int | None) -> Prompts:
+    return prompts if limit is None else _first_of_each_label(prompts, limit)
+
+
+def _first_of_each_label(prompts: Prompts, limit: int) -> Prompts:
+    """The first `limit` prompts of each label, which keeps pairs that are in the same order."""
+    kept = []
+    counts: dict[str, int] = {}
+    for prompt in prompts:
+        counts[prompt.label] = counts.get(prompt.label, 0) + 1
+        if counts[prompt.label] <= limit:
+            kept.append(prompt)
+    return Prompts(kept, name=prompts.name)
+
+
+def _layer_sets(validation: Result, n_layers: int) -> list[list[int]]:
+    """The best layer, the best three, and all of them, by separability on validation."""
+    sizes = sorted({1, min(3, n_layers), n_layers})
+    return [select_layers(validation, k=size) for size in sizes]
+
+
+def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) -> None:
+    """Write what determines the study's numbers, or refuse a folder that was made with something else."""
+    wanted = {
+        "model": vlm.name,
+        "fingerprint": vlm.fingerprint,
+        "settings": {**asdict(settings), "alphas": list(settings.alphas)},
+        "prompts": {role: getattr(prompts, role).fingerprint for role in ROLES},
+    }
+    file = folder / "settings.json"
+    if file.is_file():
+        found = read_json(file)
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            raise MechguardError(
+                f"{folder} holds a study with another {', '.join(differing)}; give another --out, or "
+                "delete that folder"
+            )
+        return
+    write_json(file, wanted)

@@ -1,0 +1,398 @@
+"""The only traces: collect hidden states, and generate under a guard.
+
+One batch is one forward pass: every layer is read in it, and a guard acts inside it. Prompts are sorted by
+length, so that little padding is computed, and come back in their own order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechguard.activations import Activations
+from mechguard.errors import MechguardError
+from mechguard.guards import Guard
+from mechguard.models import VLM
+from mechguard.prompts import Prompt, Prompts
+
+FIRST_BATCH_SIZE = 64  # what "auto" starts from before halving
+BatchSize = int | Literal["auto"]
+States = dict[int, Float[Tensor, "batch d_model"]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered to one prompt.
+
+    Attributes:
+        text: the generated text, without special tokens.
+        tokens: how many tokens were generated.
+        gates: for each layer of the guard, whether this row's gate was open.
+    """
+
+    text: str
+    tokens: int
+    gates: dict[int, bool] = field(default_factory=dict)
+
+
+def collect(
+    model: VLM,
+    prompts: Prompts,
+    *,
+    layers: Sequence[int] | Literal["all"] = "all",
+    position: int | Literal["last"] = "last",
+    guard: Guard | None = None,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Activations:
+    """Read the hidden state after every decoder layer at one position of every prompt.
+
+    Args:
+        model: a VLM, or its `.llm`, which reads the text only.
+        layers: decoder layers, negative from the end; "all" by default.
+        position: "last", or a negative index from the end of the prompt.
+        guard: acts in the same pass, at the prompt; states are read after it.
+        teacher: who supervises the guard; the model's own LLM component by default.
+        batch_size: "auto" halves on out-of-memory.
+        out: also save the activations there.
+
+    Returns:
+        float32 [layer, prompt, d_model], on the CPU.
+
+    Raises:
+        MechguardError: no prompts, a layer outside the model, pictures for a text-only model.
+    """
+    sent = _ready(model, prompts, guard)
+    chosen = _layer_numbers(model, layers)
+    offset = _offset(position)
+    teacher = teacher or model.llm
+    data = torch.empty(len(chosen), len(sent), model.d_model)
+
+    def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
+        batch = [sent[row] for row in rows]
+        return _trace_states(model, batch, chosen, offset, guard, teacher)
+
+    label = f"collect {model.view} {sent.condition}"
+    for rows, states in _in_batches(work, sent, batch_size, label, progress):
+        data[:, rows] = states.to("cpu", torch.float32)
+    about = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "view": model.view,
+        "condition": sent.condition,
+        "position": position,
+        "guard": "none" if guard is None else guard.name,
+        "prompts": sent.fingerprint,
+    }
+    activations = Activations(data, chosen, sent, about)
+    if out is not None:
+        activations.save(out)
+    return activations
+
+
+def generate(
+    model: VLM,
+    prompts: Prompts,
+    *,
+    guard: Guard | None = None,
+    teacher: VLM | None = None,
+    max_new_tokens: int = 64,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> list[str]:
+    """Answer every prompt, greedily unless `options` for Hugging Face's `generate` say otherwise.
+
+    See `respond` for the arguments; this returns the texts alone.
+    """
+    responses = respond(
+        model,
+        prompts,
+        guard=guard,
+        teacher=teacher,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        **options,
+    )
+    return [response.text for response in responses]
+
+
+def respond(
+    model: VLM,
+    prompts: Prompts,
+    *,
+    guard: Guard | None = None,
+    teacher: VLM | None = None,
+    max_new_tokens: int = 64,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> list[Response]:
+    """Answer every prompt and say which gates opened.
+
+    Args:
+        guard: acts inside the traced generation; the gate of a row is decided once, at the end of its
+            prompt, so that a batch gives each row what it gets alone.
+        teacher: who supervises the guard; the model's own LLM component by default. "llm-stream"
+            needs the own one: its rows ride along in the same pass.
+        options: passed to Hugging Face's `generate`, over `do_sample=False`.
+
+    Raises:
+        MechguardError: no prompts, a guard for another model, pictures for a text-only model.
+    """
+    sent = _ready(model, prompts, guard)
+    streams = guard is not None and guard.source == "llm-stream"
+    if streams and teacher is not None and teacher is not model.llm:
+        raise MechguardError(
+            'source="llm-stream" reads the model\'s own LLM in the same pass; use source="llm" with '
+            "another teacher"
+        )
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
+
+    def work(rows: list[int]) -> list[Response]:
+        batch = [sent[row] for row in rows]
+        if guard is None:
+            return _plain_responses(model, batch, settings)
+        return _guarded_responses(model, batch, guard, teacher or model.llm, settings)
+
+    found: dict[int, Response] = {}
+    label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
+    for rows, responses in _in_batches(work, sent, batch_size, label, progress):
+        found.update(zip(rows, responses, strict=True))
+    return [found[row] for row in range(len(sent))]
+
+
+class _Steering:
+    """One guard over one batch: remembers the gates that were decided at the end of the prompt.
+
+    When the teacher streams, the batch holds 2B rows: B of the VLM, then the same B as text only.
+    """
+
+    def __init__(self, guard: Guard, where: Bool[Tensor, "batch pos"], teacher_states: States | None) -> None:
+        self.guard = guard
+        self.where = where
+        self.teacher_states = teacher_states
+        self.streams = guard.source == "llm-stream"
+        self.gates: dict[int, Bool[Tensor, " batch"]] = {}
+
+    def __call__(
+        self, layer: int, hidden: Float[Tensor, "rows pos d_model"]
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """The states after the guard; the first call of a layer is the prompt."""
+        count = len(self.where)
+        own, text = (hidden[:count], hidden[count:]) if self.streams else (hidden, hidden[:0])
+        query = self._query(layer, own, text)
+        if layer not in self.gates:
+            self.gates[layer] = self.guard.opens(layer, query[:, -1])
+            phase: Literal["prompt", "generated"] = "prompt"
+            where = self.where
+        else:
+            phase = "generated"
+            where = torch.ones_like(own[..., 0], dtype=torch.bool)
+        if not self.guard.acts(phase):
+            return hidden
+        mask = where & self.gates[layer].unsqueeze(1)
+        return torch.cat([self.guard.steer(layer, own, query, mask), text])
+
+    def _query(self, layer: int, own: Tensor, text: Tensor) -> Float[Tensor, "batch _ d_model"]:
+        if self.teacher_states is not None:
+            return self.teacher_states[layer].unsqueeze(1)
+        if self.streams:
+            return text[:, -1:]
+        return own[:, -1:] if self.guard.source == "last" else own
+
+
+def _ready(model: VLM, prompts: Prompts, guard: Guard | None) -> Prompts:
+    if len(prompts) == 0:
+        raise MechguardError(f"there are no prompts in {prompts.name!r}")
+    if guard is not None:
+        guard.check(model)
+    return model.prepare(prompts)
+
+
+def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[int]:
+    if layers == "all":
+        return list(range(model.n_layers))
+    chosen = []
+    for layer in layers:
+        number = int(layer) + model.n_layers * (int(layer) < 0)
+        if not 0 <= number < model.n_layers:
+            raise MechguardError(
+                f"layer {layer} is outside {model.name}, which has layers 0-{model.n_layers - 1}; use "
+                "-1 for the last"
+            )
+        chosen.append(number)
+    if not chosen:
+        raise MechguardError('no layers were asked for; give at least one, or "all"')
+    return sorted(set(chosen))
+
+
+def _offset(position: int | Literal["last"]) -> int:
+    offset = -1 if position == "last" else position
+    if not isinstance(offset, int) or offset >= 0:
+        raise MechguardError(
+            f'position {position!r} is not known; use "last" or a negative index from the end'
+        )
+    return offset
+
+
+def _in_batches(
+    work: Callable[[list[int]], T],
+    prompts: Prompts,
+    batch_size: BatchSize,
+    label: str,
+    progress: bool,
+) -> Iterator[tuple[list[int], T]]:
+    """Run `work` over rows sorted by length, halving the batch when memory runs out."""
+    order = sorted(
+        range(len(prompts)), key=lambda row: (prompts[row].image is not None, len(prompts[row].text))
+    )
+    size = FIRST_BATCH_SIZE if batch_size == "auto" else batch_size
+    if size < 1:
+        raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
+    start = 0
+    with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
+        while start < len(order):
+            rows = order[start : start + size]
+            try:
+                result = work(rows)
+            except torch.OutOfMemoryError:
+                if batch_size != "auto" or size == 1:
+                    raise
+                size //= 2
+                warnings.warn(f"out of memory: batches of {size} from here on", stacklevel=3)
+                continue
+            yield rows, result
+            bar.update(len(rows))
+            start += len(rows)
+
+
+def _positions(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Position ids that start at 0 behind the left padding."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _trace_states(
+    model: VLM,
+    batch: Sequence[Prompt],
+    layers: list[int],
+    offset: int,
+    guard: Guard | None,
+    teacher: VLM,
+) -> Float[Tensor, "layer batch d_model"]:
+    """All wanted layers of one batch in one trace that stops behind the last of them."""
+    steering, encoded = _begin(model, batch, guard, teacher)
+    count = len(batch)
+    if model.view == "llm":
+        encoded["position_ids"] = _positions(encoded["attention_mask"])
+    _check_length(encoded, offset)
+    wanted = set(layers)
+    walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
+    traced = model.traced
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False) as tracer:
+        found = []
+        for number, layer in walked:
+            if steering is not None and number in steering.guard.layers:
+                layer.output = steering(number, layer.output)
+            if number in wanted:
+                found.append(layer.output[:count, offset])
+        states = torch.stack(found).save()  # type: ignore[attr-defined]
+        tracer.stop()
+    return states
+
+
+def _check_length(encoded: dict[str, Tensor], offset: int) -> None:
+    shortest = int(encoded["attention_mask"].sum(-1).min())
+    if -offset > shortest:
+        raise MechguardError(f"position {offset} lies before the start of a prompt of {shortest} tokens")
+
+
+def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
+    encoded = model.encode(batch)
+    with torch.no_grad():
+        sequences = model.hf_model.generate(**encoded, **settings)
+    return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
+
+
+def _guarded_responses(
+    model: VLM, batch: Sequence[Prompt], guard: Guard, teacher: VLM, settings: dict[str, Any]
+) -> list[Response]:
+    steering, encoded = _begin(model, batch, guard, teacher)
+    assert steering is not None
+    if steering.streams:
+        settings = {**settings, "logits_processor": [_same_tokens]}
+    steps = settings["max_new_tokens"] if guard.scope.phase != "prompt" else 1
+    steered = [(number, model.traced_layers[number]) for number in guard.layers]
+    traced = model.traced
+    with torch.no_grad(), traced.generate(**settings) as tracer:
+        with tracer.invoke(**encoded):
+            for _ in tracer.iter[:steps]:
+                for number, layer in steered:
+                    layer.output = steering(number, layer.output)
+        # In an invoke of its own: after an early end of text nothing behind the loop would run.
+        with tracer.invoke():
+            sequences = tracer.result.save()
+    generated = sequences[: len(batch), encoded["input_ids"].shape[1] :]
+    return _as_responses(model, generated, steering.gates)
+
+
+def _begin(
+    model: VLM, batch: Sequence[Prompt], guard: Guard | None, teacher: VLM
+) -> tuple[_Steering | None, dict[str, Tensor]]:
+    """Encode a batch and, for a guard, bring in what supervises it."""
+    if guard is None:
+        return None, model.encode(batch)
+    texts = list(Prompts(batch).with_image("none"))
+    streams = guard.source == "llm-stream"
+    encoded = model.encode([*batch, *texts] if streams else batch)
+    states = None
+    if guard.source == "llm":
+        found = _trace_states(teacher, texts, list(guard.layers), -1, None, teacher)
+        states = dict(zip(guard.layers, found.to(model.device), strict=True))
+    where = _where(guard, encoded, model.parts.image_token_id)[: len(batch)]
+    return _Steering(guard, where, states), encoded
+
+
+def _where(guard: Guard, encoded: dict[str, Tensor], image_token: int | None) -> Bool[Tensor, "rows pos"]:
+    """The prompt positions on which the guard acts; never padding."""
+    present = encoded["attention_mask"].bool()
+    if guard.scope.positions == "last":
+        last = torch.zeros_like(present)
+        last[:, -1] = True
+        return last
+    if guard.scope.positions == "all":
+        return present
+    is_image = encoded["input_ids"] == (-1 if image_token is None else image_token)
+    return present & (is_image if guard.scope.positions == "image" else ~is_image)
+
+
+def _same_tokens(
+    _: Int[Tensor, "rows pos"], scores: Float[Tensor, "rows vocabulary"]
+) -> Float[Tensor, "rows vocabulary"]:
+    """Make the text-only rows of a streaming teacher read the tokens that the VLM's rows write."""
+    own = scores[: len(scores) // 2]
+    return torch.cat([own, own])
+
+
+def _as_responses(
+    model: VLM, generated: Int[Tensor, "batch pos"], gates: dict[int, Bool[Tensor, " batch"]]
+) -> list[Response]:
+    pad = model.tokenizer.pad_token_id
+    lengths = (generated != pad).sum(-1).tolist()
+    texts = model.decode(generated)
+    return [
+        Response(text, length, {layer: bool(opened[row]) for layer, opened in gates.items()})
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
+    ]
