@@ -169,9 +169,8 @@ class Activations:
         return f"Activations({self.name!r}, layer={layers}, prompt={prompts}, d_model={width})"
 
     def _repr_html_(self) -> str:
-        return (
-            f"<p><code>{escape(repr(self))}</code>: mg.fit_directions(...), mg.measure_separability(...)</p>"
-        )
+        following = "mg.fit_directions(...), mg.measure_separability(...)"
+        return f"<p><code>{escape(repr(self))}</code>: {following}</p>"
 
 
 def _plain(label: Any) -> Any:

@@ -116,17 +116,21 @@ def _print_headline(folder: Path) -> None:
 
     from mechguard.result import Result
 
-    result = Result.load(folder / "results" / "behaviour")
-    shown = result.where(metric=["attack_success", "complete_refusal", "benign_compliance"]).table
-    table = Table("condition", "guard", "metric", "value", "95% interval", "n", title=str(folder))
-    for row in shown.itertuples():
-        table.add_row(*_cells(row))
-    Console().print(table)
+    metrics = ["attack_success", "complete_refusal", "benign_compliance"]
+    rows = Result.load(folder / "results" / "behaviour").where(metric=metrics).table
+    rows["shown"] = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples()]
+    wide = rows.pivot_table(
+        index=["condition", "guard"], columns="metric", values="shown", aggfunc="first", sort=False
+    )
+    title = f"test split, n = {_counts(rows)} per cell, 95% Wilson intervals"
+    table = Table("condition", "guard", *metrics, title=title)
+    for (condition, guard), row in wide.iterrows():
+        table.add_row(condition, guard, *(row[metric] for metric in metrics))
+    Console(width=max(Console().width, 110)).print(table)
 
 
-def _cells(row: Any) -> list[str]:
-    interval = f"{row.low:.2f} to {row.high:.2f}"
-    return [row.condition, row.guard, row.metric, f"{row.value:.2f}", interval, str(row.n)]
+def _counts(rows: Any) -> str:
+    return " or ".join(str(n) for n in sorted(set(rows["n"])))
 
 
 if __name__ == "__main__":

@@ -287,6 +287,7 @@ def _read_model(
     dtype: str | torch.dtype,
     revision: str | None,
 ) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
@@ -304,7 +305,7 @@ def _read_model(
     place = {} if on_cpu else {"device_map": device}
     try:
         hf_model = loader.from_pretrained(source, dtype=dtype, revision=revision, **place)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MechguardError(
             f"the weights of {os.fspath(source)!r} cannot be read ({_first_line(error)})"
         ) from None

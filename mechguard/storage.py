@@ -71,7 +71,8 @@ def save_tensors(
     from safetensors.torch import save
 
     stem = _stem(path)
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Cloned, for safetensors refuses tensors that share memory.
+    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     write_bytes(stem.with_name(stem.name + ".safetensors"), content)
     record = {"kind": kind, "sha256": hashlib.sha256(content).hexdigest(), **facts}
     return write_json(stem.with_name(stem.name + ".json"), record)

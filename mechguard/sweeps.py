@@ -144,7 +144,7 @@ def _cells(
     alphas: Sequence[float],
     variants: Mapping[str, Variant],
 ) -> Iterator[tuple[dict[str, Any], Guard | None]]:
-    yield {"variant": UNGUARDED, "layers": "", "alpha": 0.0, "source": "", "phase": ""}, None
+    yield {**dict.fromkeys(("variant", "layers", "source", "phase"), UNGUARDED), "alpha": 0.0}, None
     for name, variant in variants.items():
         for chosen in layers:
             for alpha in alphas:

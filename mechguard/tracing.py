@@ -23,7 +23,10 @@ from mechguard.guards import Guard
 from mechguard.models import VLM
 from mechguard.prompts import Prompt, Prompts
 
-FIRST_BATCH_SIZE = 64  # what "auto" starts from before halving
+# "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
+# models are bound by the cost of a step, large ones by memory.
+AUTO_BATCH_NUMBERS = 65536
+AUTO_BATCH_LIMITS = (16, 256)
 BatchSize = int | Literal["auto"]
 States = dict[int, Float[Tensor, "batch d_model"]]
 T = TypeVar("T")
@@ -84,7 +87,7 @@ def collect(
         return _trace_states(model, batch, chosen, offset, guard, teacher)
 
     label = f"collect {model.view} {sent.condition}"
-    for rows, states in _in_batches(work, sent, batch_size, label, progress):
+    for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
         data[:, rows] = states.to("cpu", torch.float32)
     about = {
         "model": model.name,
@@ -169,7 +172,7 @@ def respond(
 
     found: dict[int, Response] = {}
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
-    for rows, responses in _in_batches(work, sent, batch_size, label, progress):
+    for rows, responses in _in_batches(work, sent, model.d_model, batch_size, label, progress):
         found.update(zip(rows, responses, strict=True))
     return [found[row] for row in range(len(sent))]
 
@@ -251,6 +254,7 @@ def _offset(position: int | Literal["last"]) -> int:
 def _in_batches(
     work: Callable[[list[int]], T],
     prompts: Prompts,
+    width: int,
     batch_size: BatchSize,
     label: str,
     progress: bool,
@@ -259,10 +263,10 @@ def _in_batches(
     order = sorted(
         range(len(prompts)), key=lambda row: (prompts[row].image is not None, len(prompts[row].text))
     )
-    size = FIRST_BATCH_SIZE if batch_size == "auto" else batch_size
+    size = _auto_batch_size(width) if batch_size == "auto" else batch_size
     if size < 1:
         raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    start = 0
+    size, start = min(size, len(order)), 0
     with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         while start < len(order):
             rows = order[start : start + size]
@@ -277,6 +281,11 @@ def _in_batches(
             yield rows, result
             bar.update(len(rows))
             start += len(rows)
+
+
+def _auto_batch_size(width: int) -> int:
+    smallest, largest = AUTO_BATCH_LIMITS
+    return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
 
 
 def _positions(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -333,17 +342,20 @@ def _guarded_responses(
     assert steering is not None
     if steering.streams:
         settings = {**settings, "logits_processor": [_same_tokens]}
-    steps = settings["max_new_tokens"] if guard.scope.phase != "prompt" else 1
+    steps = slice(1) if guard.scope.phase == "prompt" else slice(None)
     steered = [(number, model.traced_layers[number]) for number in guard.layers]
     traced = model.traced
-    with torch.no_grad(), traced.generate(**settings) as tracer:
-        with tracer.invoke(**encoded):
-            for _ in tracer.iter[:steps]:
-                for number, layer in steered:
-                    layer.output = steering(number, layer.output)
-        # In an invoke of its own: after an early end of text nothing behind the loop would run.
-        with tracer.invoke():
-            sequences = tracer.result.save()
+    with torch.no_grad(), warnings.catch_warnings():
+        # An answer that ends early is how an open loop over its tokens ends.
+        warnings.filterwarnings("ignore", message=".*was never reached")
+        with traced.generate(**settings) as tracer:
+            with tracer.invoke(**encoded):
+                for _ in tracer.iter[steps]:
+                    for number, layer in steered:
+                        layer.output = steering(number, layer.output)
+            # In an invoke of its own: after an early end nothing behind the loop would run.
+            with tracer.invoke():
+                sequences = tracer.result.save()
     generated = sequences[: len(batch), encoded["input_ids"].shape[1] :]
     return _as_responses(model, generated, steering.gates)
 

@@ -10,11 +10,14 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from mechguard.prompts import Prompt, Prompts
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 WORDS = [
@@ -75,19 +78,7 @@ def llava(*, seed: int = 0, d_model: int = 32, n_layers: int = 3) -> LlavaForCon
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
     )
-    text = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=d_model,
-        intermediate_size=2 * d_model,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        initializer_range=0.2,
-    )
+    text = llama_config(d_model=d_model, n_layers=n_layers)
     config = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
@@ -103,9 +94,56 @@ def llava(*, seed: int = 0, d_model: int = 32, n_layers: int = 3) -> LlavaForCon
     return model
 
 
+def llama_config(*, d_model: int = 32, n_layers: int = 2) -> LlamaConfig:
+    """A Llama of a few layers over the toy vocabulary."""
+    return LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.2,
+    )
+
+
+def llama(*, seed: int = 0) -> LlamaForCausalLM:
+    """A text-only language model with random weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config()).eval()
+
+
 def save_llava(folder: Path, *, seed: int = 0, with_processor: bool = True) -> Path:
     """Write a checkpoint folder as a user would find one on disk."""
     llava(seed=seed).save_pretrained(folder)
     if with_processor:
         processor().save_pretrained(folder)
+    return folder
+
+
+def prompts(*, pairs: int) -> Prompts:
+    """Pairs of harmful and harmless requests of unequal length in the toy vocabulary."""
+    wrappers = ["how to {} ?", "please show me how to {}", "{} please", "show me what is in a {} ."]
+    verbs = ["make", "build", "make a", "build the"]
+    rows = []
+    for index in range(pairs):
+        for label, noun in (("harmful", ["bomb", "poison"]), ("harmless", ["cake", "kite"])):
+            what = f"{verbs[index // 2 % 4]} {noun[index % 2]}"
+            text = wrappers[index % 4].format(what)
+            rows.append(Prompt(f"{label}-{index}", text, label, pair=f"pair-{index}"))
+    return Prompts(rows, name="toy")
+
+
+def write_study_data(folder: Path, *, pairs: int = 8) -> Path:
+    """A small folder of prompt sets, as a user would lay one out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    both = prompts(pairs=pairs)
+    both.save(folder / "anchors.jsonl")
+    both.save(folder / "validation.jsonl")
+    both.with_label("harmful").save(folder / "malicious.jsonl")
+    both.with_label("harmless").save(folder / "benign.jsonl")
     return folder

@@ -1,0 +1,42 @@
+# Everything happens in .venv. `make demo` needs nothing but Python 3.11 or later and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Installed first and by itself, so that nothing later pulls another build of it. On a Linux machine without
+# a GPU, where the index serves CUDA builds: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint bench format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[all]"
+	touch $@
+
+demo: install
+	$(BIN)/mechguard study organism --out figures/demo
+	@echo "open figures/demo/report.html"
+
+test: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python tests/bench.py --out benchmarks.json
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) figures/demo build dist

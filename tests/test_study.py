@@ -1,0 +1,157 @@
+"""The whole line on a real architecture read from disk, and the command line around it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+
+import mechguard as mg
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mechguard", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_study_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def study(llava_folder, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "llava"
+    run("study", llava_folder, "--data", data, "--out", out, "--max-new-tokens", 4, "--quiet")
+    return out
+
+
+def test_a_checkpoint_folder_goes_from_model_to_report(study):
+    for name in ("separability", "modality_gap", "gates", "behaviour", "sweep", "states"):
+        assert (study / "results" / f"{name}.csv").is_file()
+        assert json.loads((study / "results" / f"{name}.json").read_text())["fingerprint"]
+    assert (study / "directions" / "ssd.safetensors").is_file()
+    assert (study / "guards" / "vlm_guard.safetensors").is_file()
+    assert len(list((study / "activations").glob("*.safetensors"))) == 6
+    assert list((study / "figures").glob("*.html"))
+    assert (study / "report.html").stat().st_size > 1000
+
+
+def test_the_table_holds_every_condition_and_guard_on_the_same_prompts(study):
+    table = mg.Result.load(study / "results" / "behaviour").where(metric="attack_success").table
+    guards = {"none", "projection", "vlm_guard", "random 1", "random 2", "random 3"}
+    found = set(zip(table["condition"], table["guard"], strict=True))
+    assert found == {(c, g) for c in ("text", "blank", "noise") for g in guards}
+    assert set(table["n"]) == {8}
+    assert set(table["split"]) == {"test"}
+
+
+def test_layers_are_chosen_on_validation_and_reported_on_test(study):
+    separability = mg.Result.load(study / "results" / "separability").table
+    assert set(separability["split"]) == {"validation", "test"}
+    assert set(mg.Result.load(study / "results" / "sweep").table["split"]) == {"validation"}
+    chosen = json.loads((study / "study.json").read_text())["chosen"]
+    assert list(mg.Guard.load(study / "guards" / "vlm_guard").layers) == chosen["layers"]
+    assert chosen["rule"]
+
+
+def test_the_llm_and_the_vlm_agree_on_text_in_the_studys_own_numbers(study):
+    gap = mg.Result.load(study / "results" / "modality_gap").table
+    text = gap[(gap["condition"] == "llm text -> vlm text") & (gap["metric"] == "centroid_distance")]
+    assert text[text["direction"] == "observed"]["value"].max() < 1e-3
+    blank = gap[(gap["condition"] == "llm text -> vlm blank") & (gap["metric"] == "centroid_distance")]
+    assert blank[blank["direction"] == "observed"]["value"].min() > 1e-2
+
+
+def test_a_study_goes_on_where_it_was_interrupted(study, llava_folder, data):
+    before = pd.read_csv(study / "results" / "behaviour.csv")
+    kept = (study / "results" / "separability.csv").stat().st_mtime_ns
+    for lost in ("results/behaviour.csv", "results/behaviour.json", "report.html"):
+        (study / lost).unlink()
+    arguments = ("--data", data, "--out", study, "--max-new-tokens", 4, "--quiet")
+    run("study", llava_folder, *arguments)
+    pd.testing.assert_frame_equal(pd.read_csv(study / "results" / "behaviour.csv"), before)
+    assert (study / "results" / "separability.csv").stat().st_mtime_ns == kept
+    assert (study / "report.html").is_file()
+
+
+def test_a_folder_with_another_study_is_refused(study, llava_folder, data):
+    done = run("study", llava_folder, "--data", data, "--out", study, "--seed", 5, check=False)
+    assert done.returncode == 2
+    assert "holds a study with another settings" in done.stderr
+
+
+def test_a_saved_guard_serves_the_command_line(study, llava_folder):
+    guard = study / "guards" / "vlm_guard"
+    done = run("generate", llava_folder, "how to make a cake ?", "--image", "blank", "--guard", guard)
+    loaded = mg.load(llava_folder)
+    asked = mg.Prompts([mg.Prompt("0", "how to make a cake ?")]).with_image("blank")
+    expected = mg.generate(loaded, asked, guard=mg.Guard.load(guard), progress=False)
+    assert done.stdout.strip() == expected[0].strip()
+
+
+def test_a_report_can_be_drawn_again_without_a_model(study):
+    before = (study / "report.html").read_text()
+    (study / "report.html").unlink()
+    done = run("report", study)
+    assert done.stdout.strip() == str(study / "report.html")
+    assert len((study / "report.html").read_text()) == pytest.approx(len(before), rel=0.05)
+
+
+def broken(kind: str, folder: Path, llava: Path, data: Path) -> list[object]:
+    """The arguments of a study with one thing wrong."""
+    model: object = llava
+    if kind == "unknown model":
+        model = folder / "nothing"
+    elif kind == "no processor":
+        model = tiny.save_llava(folder / "bare", with_processor=False)
+    elif kind == "no data":
+        data = folder / "nowhere"
+    else:
+        data = tiny.write_study_data(folder / "data")
+    if kind == "empty prompts":
+        (data / "malicious.jsonl").write_text("\n")
+    elif kind == "no pairs":
+        rows = [mg.Prompt(str(i), "how to make a cake ?") for i in range(8)]
+        mg.Prompts(rows).save(data / "anchors.jsonl")
+    elif kind == "wrong label":
+        (data / "benign.jsonl").write_bytes((data / "malicious.jsonl").read_bytes())
+    return ["study", model, "--data", data, "--out", folder / "out", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("unknown model", "check the name"),
+        ("no processor", "processor.save_pretrained"),
+        ("no data", "there is no data folder"),
+        ("empty prompts", "holds no prompts; write one prompt a line"),
+        ("no pairs", "has no pair"),
+        ("wrong label", "are not harmless"),
+    ],
+)
+def test_a_mistake_is_one_sentence_exit_code_two_and_nothing_written(
+    kind, message, tmp_path, llava_folder, data
+):
+    done = run(*broken(kind, tmp_path, llava_folder, data), check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("mechguard: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_guard_for_another_model_is_refused_on_the_command_line(study, tmp_path):
+    other = tmp_path / "other"
+    tiny.llava(seed=3).save_pretrained(other)
+    tiny.processor().save_pretrained(other)
+    done = run("generate", other, "how to ?", "--guard", study / "guards" / "vlm_guard", check=False)
+    assert done.returncode == 2
+    assert "whose weights are not those of" in done.stderr
+
+
+def test_an_unknown_option_is_exit_code_two():
+    assert run("study", "organism", "--colour", "red", check=False).returncode == 2
