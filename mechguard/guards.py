@@ -136,6 +136,16 @@ class Guard:
         """The same guard under another name."""
         return replace(self, name=name)
 
+    def on(self, device: torch.device) -> Guard:
+        """The same guard with its tensors on a device."""
+        centers = self.gate_centers
+        return replace(
+            self,
+            basis=self.basis.to(device),
+            gate_directions=self.gate_directions.to(device),
+            gate_centers=None if centers is None else centers.to(device),
+        )
+
     def randomised(self, seed: int = 0, *, name: str = "random") -> Guard:
         """The control: the same gate, strength, layers and rank, but a random subspace."""
         drawn = Directions(self.basis, list(self.layers), "guard").randomised(seed)

@@ -184,7 +184,7 @@ class _Steering:
     """
 
     def __init__(self, guard: Guard, where: Bool[Tensor, "batch pos"], teacher_states: States | None) -> None:
-        self.guard = guard
+        self.guard = guard.on(where.device)
         self.where = where
         self.teacher_states = teacher_states
         self.streams = guard.source == "llm-stream"
@@ -316,7 +316,8 @@ def _trace_states(
             if steering is not None and number in steering.guard.layers:
                 layer.output = steering(number, layer.output)
             if number in wanted:
-                found.append(layer.output[:count, offset])
+                # Cloned, for a view would keep the whole layer's output in memory.
+                found.append(layer.output[:count, offset].clone())
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
     return states

@@ -89,6 +89,15 @@ def test_intervals_hold_what_they_should_and_nulls_are_smaller_than_a_real_gap()
     assert real.loc["centroid_distance", "low"] > null.loc["centroid_distance", "high"]
 
 
+def test_a_prompt_drawn_twice_by_the_bootstrap_is_not_compared_with_itself():
+    """Orthogonal states have cosine 0 to each other, however often a resample repeats one."""
+    orthogonal = states(torch.eye(8).unsqueeze(0))
+    row = (
+        mg.measure_modality_gap(orthogonal, orthogonal, resamples=50).where(metric="cone_text").table.iloc[0]
+    )
+    assert (row["low"], row["value"], row["high"]) == (0, 0, 0)
+
+
 def test_every_metric_is_reported_at_every_layer():
     text = torch.randn(3, 12, 6)
     table = mg.measure_modality_gap(states(text), states(text + 1), resamples=10).table

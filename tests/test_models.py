@@ -38,6 +38,14 @@ def test_every_picture_token_stands_in_the_prompt(vlm, prompts):
     assert count.tolist() == [5, 5]  # four patches and the class token
 
 
+def test_a_tokenizer_that_pads_on_the_right_is_turned_to_the_left(prompts):
+    processor = tiny.processor()
+    processor.tokenizer.padding_side = "right"
+    encoded = mg.load(tiny.llava(), processor=processor).encode(list(prompts))
+    assert (encoded["attention_mask"][:, -1] == 1).all()
+    assert (encoded["attention_mask"][:, 0] == 0).any()
+
+
 def test_the_string_that_is_sent_can_be_seen(vlm, prompts):
     text, picture = vlm.render([prompts[0], prompts[:1].with_image("blank")[0]])
     assert text == f"user : {prompts[0].text} assistant :"

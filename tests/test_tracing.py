@@ -1,6 +1,9 @@
 """Traces: equal to plain transformers, equal for a batch and a row, and steered as the guard says."""
 
+import contextlib
+
 import pytest
+import tiny
 import torch
 from torch.testing import assert_close
 
@@ -15,27 +18,26 @@ def quiet(model: mg.VLM, prompts: mg.Prompts, **options: object) -> mg.Activatio
     return mg.collect(model, prompts, progress=False, **options)
 
 
+@contextlib.contextmanager
+def hooked(model: mg.VLM, layers, hook):
+    """Ordinary forward hooks that are called with the layer's number and its output."""
+    modules = model.hf_model.get_submodule(model.parts.layers)
+    handles = [
+        modules[i].register_forward_hook(lambda _module, _input, out, i=i: hook(i, out)) for i in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def plain_states(model: mg.VLM, prompt: mg.Prompt) -> torch.Tensor:
     """The last-token output of every decoder layer, by ordinary forward hooks: [layer, d_model]."""
     found = []
-    layers = model.hf_model.get_submodule(model.parts.layers)
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: found.append(out[0, -1])) for layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), hooked(model, range(model.n_layers), lambda _, out: found.append(out[0, -1])):
         model.hf_model(**model.encode([prompt]))
-    for hook in hooks:
-        hook.remove()
     return torch.stack(found)
-
-
-def hooked_generate(model: mg.VLM, prompts: mg.Prompts, layers, change) -> list[str]:
-    """Generation with `change` applied to whole layer outputs by ordinary forward hooks."""
-    modules = model.hf_model.get_submodule(model.parts.layers)
-    hooks = [modules[i].register_forward_hook(lambda _m, _i, out, i=i: change(i, out)) for i in layers]
-    try:
-        return mg.generate(model, prompts, max_new_tokens=8, progress=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +174,9 @@ def test_guarded_generation_equals_a_hook_reference(vlm, prompts, ssd):
     sent = prompts.with_image("blank")
     guard = mg.projection(ssd, layers=[0, 1, 2])
     traced = mg.generate(vlm, sent, guard=guard, max_new_tokens=8, progress=False)
-    hooked = hooked_generate(vlm, sent, [0, 1, 2], lambda i, out: project_out(out, ssd.at(i)))
-    assert traced == hooked
+    with hooked(vlm, [0, 1, 2], lambda layer, out: project_out(out, ssd.at(layer))):
+        reference = mg.generate(vlm, sent, max_new_tokens=8, progress=False)
+    assert traced == reference
     assert traced != mg.generate(vlm, sent, max_new_tokens=8, progress=False)
 
 
@@ -189,6 +192,47 @@ def test_a_guarded_batch_gives_each_row_what_it_gets_alone(vlm, prompts, ssd, so
     assert [r.text for r in together] == [r.text for r in alone]
     assert [r.gates for r in together] == [r.gates for r in alone]
     assert {layer for r in together for layer in r.gates} == {0, 2}
+
+
+SILENT = list(range(len(tiny.SPECIAL)))  # a random model would write <image> and </s>
+
+
+def reference_stream(model: mg.VLM, prompt: mg.Prompt, guard: mg.Guard, steps: int) -> list[int]:
+    """Greedy decoding of one prompt without a cache: at every step the LLM reads the query and the tokens
+    so far, and its states replace the VLM's component along the SSD from the end of the prompt on."""
+    picture = model.encode([prompt])
+    text = model.encode(list(mg.Prompts([prompt]).with_image("none")))["input_ids"]
+    image_end, text_end = picture["input_ids"].shape[1] - 1, text.shape[1] - 1
+    tokens: list[int] = []
+    for _ in range(steps):
+        new = torch.tensor([tokens], dtype=torch.long)
+        spoken: dict[int, torch.Tensor] = {}
+
+        def listen(layer, out, spoken=spoken):
+            spoken[layer] = out[:, text_end:]
+
+        def steer(layer, out, spoken=spoken):
+            tail = out[:, image_end:]
+            everywhere = torch.ones(tail.shape[:2], dtype=torch.bool)
+            return torch.cat([out[:, :image_end], guard.steer(layer, tail, spoken[layer], everywhere)], 1)
+
+        with torch.no_grad(), hooked(model, guard.layers, listen):
+            model.llm.hf_model(torch.cat([text, new], 1))
+        ids = torch.cat([picture["input_ids"], new], 1)
+        with torch.no_grad(), hooked(model, guard.layers, steer):
+            logits = model.hf_model(input_ids=ids, pixel_values=picture["pixel_values"]).logits[0, -1]
+        logits[SILENT] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    return tokens
+
+
+def test_the_streaming_teacher_equals_a_reference_without_cache_or_batch(vlm, prompts, ssd):
+    sent = prompts[:4].with_image("blank")
+    guard = mg.vlm_guard(ssd, layers=[0, 1, 2], gate="always", source="llm-stream", alpha=2.0)
+    settings = dict(guard=guard, max_new_tokens=6, suppress_tokens=SILENT, progress=False)
+    traced = mg.generate(vlm, sent, **settings)
+    expected = [vlm.decode(torch.tensor([reference_stream(vlm, prompt, guard, 6)]))[0] for prompt in sent]
+    assert traced == expected
 
 
 def test_rows_whose_gate_is_closed_answer_as_if_unguarded(vlm, prompts, ssd):
