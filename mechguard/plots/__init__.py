@@ -1,0 +1,21 @@
+"""Figures: every one is a function of a `Result` that returns a plotly figure.
+
+A figure is drawn from the rows as they are: nothing here shows, saves (but `save`) or computes a statistic.
+Conditions, guards and labels have the same colour in every figure.
+"""
+
+from mechguard.plots.heatmaps import sweep_heatmap
+from mechguard.plots.lines import gates, layer_sweep, modality_gap
+from mechguard.plots.pages import save
+from mechguard.plots.rates import behaviour
+from mechguard.plots.state_maps import state_map
+
+__all__ = [
+    "behaviour",
+    "gates",
+    "layer_sweep",
+    "modality_gap",
+    "save",
+    "state_map",
+    "sweep_heatmap",
+]
