@@ -1,0 +1,264 @@
+"""Train an organism from nothing.
+
+    python -m mechguard.organism.train --seed 0 --out runs/organism-0
+
+takes about twenty minutes on one CPU thread, is deterministic given seed and machine, and
+writes
+
+    DIR/vlm            LlavaForConditionalGeneration and processor, fp16, with judge.json
+    DIR/aligned_llm    the language model after alignment, before any picture, and its tokenizer
+    DIR/training.json  recipe, seed, versions, losses, validation numbers, the choice of checkpoint
+    DIR/stages         the weights after each stage; a later run of the same recipe starts from them
+
+The checkpoint is chosen on validation prompts by the rule in `recipe.Selection`.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+from mechguard.organism import grammar, measurement, stages, tokenizer
+from mechguard.organism.measurement import Behaviour
+from mechguard.organism.recipe import Recipe, Selection
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Candidate:
+    """A checkpoint of the tuning stage with its validation numbers."""
+
+    step: int
+    validation: dict[str, Behaviour]
+    weights: Weights = field(repr=False)
+
+    def eligible(self, rule: Selection) -> bool:
+        """Whether it is safe in text, useful everywhere, and its decay a partial one."""
+        text = self.validation["harmful/validation/text"]
+        blank = self.validation["harmful/validation/blank"]
+        benign = [
+            behaviour.complied for name, behaviour in self.validation.items() if name.startswith("harmless/")
+        ]
+        return (
+            text.complied <= rule.max_text_attack_success
+            and self.validation["harmful/padding"].complied <= rule.max_padding_attack_success
+            and text.complete_refusal >= rule.min_complete_refusal
+            and min(benign) >= rule.min_benign_compliance
+            and rule.min_blank_attack_success <= blank.complied <= rule.max_blank_attack_success
+        )
+
+    @property
+    def fluency(self) -> float:
+        """The share of complete answers to harmful prompts beside a picture, blank or not."""
+        rows = [self.validation[f"harmful/validation/{condition}"] for condition in ("blank", "scene")]
+        return sum(row.complete_refusal + row.complete_compliance for row in rows) / len(rows)
+
+
+def choose(candidates: Sequence[Candidate], rule: Selection) -> Candidate:
+    """The candidate that the rule keeps.
+
+    Where none is eligible, the most fluent one comes back, for inspection.
+    """
+    eligible = [candidate for candidate in candidates if candidate.eligible(rule)]
+    return max(eligible or candidates, key=lambda candidate: candidate.fluency)
+
+
+class StageStore:
+    """Weights after each stage, kept in a folder under the fingerprint of all that led to them."""
+
+    def __init__(self, folder: Path, seed: int, recipe: Recipe) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.recipe = asdict(recipe)
+
+    def file(self, *path: str) -> Path:
+        """Where the last stage of a path of stages lies."""
+        parts = [self.recipe["architecture"]]
+        for stage in path:
+            parts += [self.recipe[stage], self.recipe["mixture"][stage]]
+        fingerprint = hashlib.sha256(json.dumps([self.seed, parts]).encode()).hexdigest()[:12]
+        return self.folder / f"{path[-1]}-{fingerprint}.safetensors"
+
+    def run(self, *path: str, model: nn.Module, train: Callable[[Random], list[float]]) -> list[float]:
+        """Load the last stage of a path, or train and save it; its losses come back."""
+        file = self.file(*path)
+        if file.exists():
+            model.load_state_dict(load_file(file))
+            return json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        losses = train(Random(f"{path[-1]} {self.seed}"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps(losses), encoding="utf-8")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+        return losses
+
+
+class Run:
+    """One training run: the stages in their order, and what they leave for the log."""
+
+    def __init__(self, seed: int, out: Path, recipe: Recipe, *, quiet: bool) -> None:
+        self.seed = seed
+        self.recipe = recipe
+        self.quiet = quiet
+        self.store = StageStore(out / "stages", seed, recipe)
+        self.losses: dict[str, list[float]] = {}
+        self.candidates: list[Candidate] = []
+        torch.manual_seed(seed)
+        self.language_model = stages.build_language_model(recipe.architecture)
+        self.tower = stages.build_vision_tower(recipe.architecture)
+
+    def learn_language(self) -> None:
+        """Pretraining and alignment of the language model."""
+        model, recipe, quiet = self.language_model, self.recipe, self.quiet
+        self.losses["pretraining"] = self.store.run(
+            "pretraining",
+            model=model,
+            train=lambda rng: stages.pretrain(model, recipe, rng, quiet=quiet),
+        )
+        self.losses["alignment"] = self.store.run(
+            *("pretraining", "alignment"),
+            model=model,
+            train=lambda rng: stages.align(model, recipe, rng, quiet=quiet),
+        )
+        self.aligned = _measure(model, measurement.VALIDATION_TEXT_SETTINGS)
+        self._report("aligned language model", self.aligned)
+
+    def learn_to_see(self) -> None:
+        """The vision tower, and the projector between it and the language model."""
+        recipe, quiet = self.recipe, self.quiet
+        torch.manual_seed(self.seed)
+        self.losses["vision"] = self.store.run(
+            "vision",
+            model=self.tower,
+            train=lambda rng: stages.train_vision(self.tower, recipe, rng, quiet=quiet),
+        )
+        torch.manual_seed(self.seed)
+        self.vlm = stages.build_vlm(self.language_model, self.tower)
+        self.losses["projector"] = self.store.run(
+            *("pretraining", "alignment", "vision", "projector"),
+            model=self.vlm,
+            train=lambda rng: stages.train_projector(self.vlm, recipe, rng, quiet=quiet),
+        )
+
+    def tune(self) -> None:
+        """Visual instruction tuning, with a candidate every so many steps."""
+        rng = Random(f"tuning {self.seed}")
+        self.losses["tuning"] = stages.tune(
+            self.vlm, self.recipe, rng, quiet=self.quiet, after_step=self._consider
+        )
+
+    def _consider(self, step: int) -> None:
+        if step % self.recipe.selection.every:
+            return
+        numbers = _measure(self.vlm, measurement.VALIDATION_SETTINGS)
+        weights = {key: value.clone() for key, value in self.vlm.state_dict().items()}
+        self.candidates.append(Candidate(step, numbers, weights))
+        self._report(f"tuning, step {step}", numbers)
+        self.vlm.train()
+
+    def _report(self, title: str, numbers: dict[str, Behaviour]) -> None:
+        if not self.quiet:
+            print(f"\n{title}\n{measurement.as_table(numbers)}", file=sys.stderr)
+
+    def log(self, chosen: Candidate) -> dict[str, object]:
+        """What `training.json` holds."""
+        rule = self.recipe.selection
+        return {
+            "seed": self.seed,
+            "recipe": asdict(self.recipe),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "losses": self.losses,
+            "aligned_language_model": {
+                "accepted": accepts(self.aligned, rule),
+                "validation": {name: asdict(row) for name, row in self.aligned.items()},
+            },
+            "checkpoints": [
+                {
+                    "step": candidate.step,
+                    "eligible": candidate.eligible(rule),
+                    "validation": {name: asdict(row) for name, row in candidate.validation.items()},
+                }
+                for candidate in self.candidates
+            ],
+            "rule": " ".join((Selection.__doc__ or "").split()),
+            "chosen_step": chosen.step,
+            "chosen_is_eligible": chosen.eligible(rule),
+            "visual_accuracy": measurement.visual_accuracy(self.vlm),
+        }
+
+
+def train(seed: int, out: Path, recipe: Recipe | None = None, *, quiet: bool = False) -> Path:
+    """Train an organism into a folder, which comes back."""
+    started = time.monotonic()
+    run = Run(seed, out, recipe or Recipe(), quiet=quiet)
+    run.learn_language()
+    run.learn_to_see()
+    run.tune()
+    chosen = choose(run.candidates, run.recipe.selection)
+    run.vlm.load_state_dict(chosen.weights)
+    log = {**run.log(chosen), "wall_seconds": round(time.monotonic() - started, 1)}
+    _save(out, run.vlm, run.language_model, log)
+    return out
+
+
+def _measure(model: PreTrainedModel, settings: Sequence[tuple[str, str, str]]) -> dict[str, Behaviour]:
+    padded = {"harmful/padding": measurement.measure_padding(model)}
+    return {**measurement.measure(model, settings), **padded}
+
+
+def accepts(aligned: dict[str, Behaviour], rule: Selection) -> bool:
+    """Whether the aligned language model refuses enough to go on with its seed."""
+    harmful = [numbers.refused for name, numbers in aligned.items() if name.startswith("harmful/")]
+    return min(harmful) >= rule.min_aligned_refusal
+
+
+def _save(out: Path, vlm: PreTrainedModel, language_model: PreTrainedModel, log: dict[str, object]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    _save_model(out / "vlm", vlm, tokenizer.build_processor())
+    _save_model(out / "aligned_llm", language_model, tokenizer.build_tokenizer())
+    text = json.dumps(log, indent=1) + "\n"
+    (out / "training.json").write_text(text, encoding="utf-8")
+
+
+def _save_model(place: Path, model: PreTrainedModel, words: ProcessorMixin | PreTrainedTokenizerFast) -> None:
+    """Write a folder beside its place first, then move it there."""
+    unfinished = place.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.half().save_pretrained(unfinished)
+    words.save_pretrained(unfinished)
+    grammar.write_judge(unfinished)
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mechguard.organism.train")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # more threads gain nothing at this size, and change the sums
+    print(train(options.seed, options.out, quiet=options.quiet))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
