@@ -24,7 +24,7 @@ demo: install
 	@echo "open figures/demo/report.html"
 
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def study(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder for every product of the study")],
     data: Data = None,
-    rank: Annotated[int, typer.Option(help="safety steering directions per layer")] = 1,
+    max_rank: Annotated[int, typer.Option(help="the most directions per layer that are tried")] = 8,
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most so many prompts of each set")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
@@ -47,7 +47,7 @@ def study(
         model,
         out=out,
         data=data,
-        rank=rank,
+        max_rank=max_rank,
         seed=seed,
         limit=limit,
         max_new_tokens=max_new_tokens,
@@ -95,8 +95,8 @@ def report(
 
 def main() -> None:
     """Run the command line: one sentence and exit code 2 for a user's mistake."""
-    # Threads that wait by spinning make small models crawl when another program shares the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait make small models crawl on shared cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except MechguardError as error:

@@ -104,6 +104,12 @@ class Directions:
             )
         return torch.einsum("lpd,ld->lp", activations.data, basis)
 
+    def truncated(self, rank: int) -> Directions:
+        """The first `rank` directions of every layer."""
+        if not 1 <= rank <= self.rank:
+            raise MechguardError(f"rank {rank} was asked for; these directions have rank {self.rank}")
+        return Directions(self.data[:, :rank], self.layers, self.method, self.midpoints, self.about)
+
     def randomised(self, seed: int = 0) -> Directions:
         """Random orthonormal subspaces of the same rank at the same layers: the control."""
         generator = torch.Generator().manual_seed(seed)

@@ -18,12 +18,11 @@ from mechguard.guards import Guard
 from mechguard.judges import RefusalJudge, find_judge
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
-from mechguard.result import Result
+from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import wilson_interval
 from mechguard.storage import write_text
 from mechguard.tracing import BatchSize, respond
 
-UNGUARDED = "none"
 # metric -> the column of the judged responses it averages, for each label
 METRICS = {
     "harmful": {

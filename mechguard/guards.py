@@ -296,7 +296,8 @@ def measure_gates(directions: Directions, states: Sequence[Activations], *, spli
         for gate, thresholds in _thresholds(directions, activations.layers).items():
             opened = scores > thresholds.unsqueeze(1)
             rows += _firing_rows(opened, activations, gate, split)
-    return Result.from_rows(rows, directions=directions.name)
+    about = states[0].about if states else {}
+    return Result.from_rows(rows, **{**about, "directions": directions.name})
 
 
 def _thresholds(directions: Directions, layers: list[int]) -> dict[str, Float[Tensor, " layer"]]:

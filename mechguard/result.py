@@ -26,6 +26,7 @@ COLUMNS = (
     "n",
     "split",
 )
+UNGUARDED = "none"  # the guard of rows that were measured without one
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,10 +33,10 @@ from mechguard.report import write_figures, write_report
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
 from mechguard.storage import read_json, versions, write_json
-from mechguard.sweeps import choose, make_guard, sweep
+from mechguard.sweeps import SETTING, VARIANTS, choose, make_guard, sweep
 from mechguard.tracing import collect
 
-ALPHAS = (-1.0, 1.0, 2.0, 4.0)
+ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
 T = TypeVar("T", Activations, Directions, Guard, Result)
 
@@ -59,11 +59,11 @@ class StudyPrompts:
 class Settings:
     """What determines the numbers of a study, beside the model and the prompts."""
 
-    rank: int = 1
+    max_rank: int = 8
     seed: int = 0
     limit: int | None = None
-    sweep_limit: int = 40
-    random_subspaces: int = 3
+    sweep_limit: int = 25
+    random_subspaces: int = 2
     max_new_tokens: int = 48
     alphas: tuple[float, ...] = ALPHAS
 
@@ -88,13 +88,19 @@ class Study:
     def image_conditions(self) -> list[str]:
         return [condition for condition in self.conditions if condition != "text"]
 
+    @property
+    def ranks(self) -> list[int]:
+        """1, 2, 4, ... as far as the settings, the anchors and the model allow."""
+        limit = min(self.settings.max_rank, len(self.prompts.anchors) // 2, self.vlm.d_model)
+        return [2**power for power in range(limit.bit_length())]
+
     @cached_property
     def ssd(self) -> Directions:
         """The safety steering directions of the LLM component, fitted on the anchors."""
         return self._kept(
             Directions,
             "directions/ssd",
-            lambda: fit_directions(self.states("anchors", "llm"), method="svd", rank=self.settings.rank),
+            lambda: fit_directions(self.states("anchors", "llm"), method="svd", rank=max(self.ranks)),
         )
 
     def states(self, role: str, view: str, condition: str = "text") -> Activations:
@@ -141,22 +147,33 @@ class Study:
         return self._kept(Result, "results/states", lambda: map_states(self.test_states()))
 
     def sweep(self) -> Result:
-        """Every reading of VLM-Guard at several layers and strengths, on validation prompts."""
+        """On validation: every reading of VLM-Guard by layers and strength, then the best one by rank."""
 
         def measure() -> Result:
             validation = self.separability().where(split="validation")
-            return sweep(
-                self.vlm,
-                _first_of_each_label(self.prompts.validation, self.settings.sweep_limit),
-                self.ssd,
-                layers=_layer_sets(validation, self.vlm.n_layers),
-                alphas=self.settings.alphas,
-                conditions=self.image_conditions or ["text"],
-                max_new_tokens=self.settings.max_new_tokens,
-                progress=self.progress,
+            layers = _layer_sets(validation, self.vlm.n_layers)
+            first = self._swept(layers=layers, alphas=self.settings.alphas)
+            best = choose(first)
+            by_rank = self._swept(
+                layers=[best["layers"]],
+                alphas=[best["alpha"]],
+                ranks=self.ranks[1:],
+                variants={best["variant"]: VARIANTS[best["variant"]]},
             )
+            return first + by_rank.where(guard="vlm_guard")
 
         return self._kept(Result, "results/sweep", measure)
+
+    def _swept(self, **grid: Any) -> Result:
+        return sweep(
+            self.vlm,
+            _first_of_each_label(self.prompts.validation, self.settings.sweep_limit),
+            self.ssd,
+            conditions=self.image_conditions or ["text"],
+            max_new_tokens=self.settings.max_new_tokens,
+            progress=self.progress,
+            **grid,
+        )
 
     def guard(self) -> Guard:
         """VLM-Guard in the setting that the sweep chose."""
@@ -206,7 +223,7 @@ class Study:
 
     def _setting(self) -> dict[str, Any]:
         chosen = choose(self.sweep())
-        return {key: chosen[key] for key in ("variant", "layers", "alpha")}
+        return {key: chosen[key] for key in SETTING}
 
     def _describe(self, command: str, seconds: float) -> None:
         guard = self.guard()
@@ -243,7 +260,7 @@ def run_study(
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     processor: Any = None,
-    rank: int = 1,
+    max_rank: int = 8,
     seed: int = 0,
     limit: int | None = None,
     max_new_tokens: int = 48,
@@ -257,7 +274,7 @@ def run_study(
         out: the study's folder; a study that was interrupted there goes on.
         data: a folder with the sets anchors, validation, malicious and benign, as files of those names or
             as public benchmarks; by default the organism's own, or MECHGUARD_DATA.
-        rank: how many safety steering directions per layer.
+        max_rank: the most safety steering directions per layer that are tried.
         limit: at most so many prompts (pairs, for paired sets) of each set; all by default.
         command: what the report should print as the way to reproduce it.
 
@@ -273,7 +290,7 @@ def run_study(
         raise MechguardError(f"limit={limit} leaves too few prompts to split; use 4 or more")
     prompts = load_study_prompts(_data_folder(vlm, data), limit)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
-    settings = Settings(rank=rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
+    settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
     _claim(folder, vlm, prompts, settings)
     study = Study(vlm, prompts, settings, folder, progress)
@@ -330,8 +347,8 @@ def _first_of_each_label(prompts: Prompts, limit: int) -> Prompts:
 
 
 def _layer_sets(validation: Result, n_layers: int) -> list[list[int]]:
-    """The best layer, the best three, and all of them, by separability on validation."""
-    sizes = sorted({1, min(3, n_layers), n_layers})
+    """The three layers that separate best on validation, and all of them."""
+    sizes = sorted({min(3, n_layers), n_layers})
     return [select_layers(validation, k=size) for size in sizes]
 
 

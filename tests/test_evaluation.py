@@ -94,10 +94,10 @@ def test_a_sweep_holds_every_setting_and_the_unguarded_model(vlm, prompts):
     assert set(result.table["split"]) == {"validation"}
 
 
-def setting(variant: str, layers: str, alpha: float, attack: float, complete: float, benign: float):
+def setting(variant: str, layers: str, alpha: float, attack: float, complete: float, benign: float, rank=1):
     rows = {"attack_success": attack, "complete_refusal": complete, "benign_compliance": benign}
     return [
-        dict(variant=variant, layers=layers, alpha=alpha, metric=metric, value=value)
+        dict(variant=variant, layers=layers, alpha=alpha, rank=rank, metric=metric, value=value)
         for metric, value in rows.items()
     ]
 
