@@ -80,8 +80,83 @@ def generate(
 
 
 @app.command()
+def collect(
+    model: Model,
+    prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
+    out: Annotated[Path, typer.Option(help="where to save the activations")],
+    data: Data = None,
+    image: Annotated[str, typer.Option(help="none, image, blank, grey, black, noise, ...")] = "none",
+    llm: Annotated[
+        bool, typer.Option("--llm", help="the language model alone, which reads the text")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hidden states of every layer at the last token of every prompt.
+
+    mechguard collect organism organism/anchors --llm --out runs/anchors
+    """
+    import mechguard as mg
+
+    asked = mg.load_prompts(prompts, data=data).with_image(image)
+    vlm = mg.load(model)
+    activations = mg.collect(vlm.llm if llm else vlm, asked, out=out, progress=not quiet)
+    typer.echo(repr(activations))
+
+
+@app.command()
+def fit(
+    activations: Annotated[Path, typer.Argument(help="saved activations")],
+    out: Annotated[Path, typer.Option(help="where to save the directions")],
+    method: Annotated[str, typer.Option(help="svd, mean_difference, pca, lda or logistic")] = "svd",
+    rank: Annotated[int, typer.Option(help="directions per layer")] = 1,
+) -> None:
+    """Directions that separate harmful from harmless, from saved activations.
+
+    mechguard fit runs/anchors --out runs/ssd
+    """
+    import mechguard as mg
+
+    directions = mg.fit_directions(mg.Activations.load(activations), method=method, rank=rank)  # type: ignore[arg-type]
+    directions.save(out)
+    typer.echo(repr(directions))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
+    out: Annotated[Path, typer.Option(help="where to save the table")],
+    guard: Annotated[list[Path] | None, typer.Option(help="a saved guard; may be given again")] = None,
+    data: Data = None,
+    condition: Annotated[
+        list[str] | None, typer.Option(help="an image condition; may be given again")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """Refusals and compliances, unguarded and under saved guards.
+
+    mechguard evaluate organism organism/malicious --guard runs/organism/guards/vlm_guard --out runs/table.csv
+    """
+    import mechguard as mg
+
+    asked = mg.load_prompts(prompts, data=data)
+    guards = [None, *map(mg.Guard.load, guard or [])]
+    result = mg.evaluate(
+        mg.load(model),
+        asked,
+        guards=guards,
+        conditions=condition or None,
+        max_new_tokens=max_new_tokens,
+        progress=not quiet,
+    )
+    typer.echo(str(result.save(out)))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="the folder of a study")],
+    png: Annotated[bool, typer.Option("--png", help="also pictures; needs kaleido and a Chromium")] = False,
 ) -> None:
     """Draw the figures and the report of a finished study again.
 
@@ -89,7 +164,7 @@ def report(
     """
     from mechguard.report import write_figures, write_report
 
-    write_figures(folder)
+    write_figures(folder, png=png)
     typer.echo(str(write_report(folder)))
 
 

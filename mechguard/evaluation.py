@@ -107,35 +107,38 @@ def gather_responses(
     names = [UNGUARDED if guard is None else guard.name for guard in guards]
     if len(set(names)) != len(names):
         raise MechguardError(f"guards must have different names, found {names}; use guard.renamed(...)")
-    rows: list[dict[str, Any]] = []
-    for condition in default_conditions(model, prompts) if conditions is None else conditions:
-        sent = prompts.with_image(condition)
-        rendered = model.render(sent)
-        for name, guard in zip(names, guards, strict=True):
-            answers = respond(
-                model,
-                sent,
-                guard=guard,
-                teacher=teacher,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=progress,
-            )
-            for prompt, exact, answer in zip(sent, rendered, answers, strict=True):
-                rows.append(
-                    {
-                        "setting": prompts.name,
-                        "condition": condition,
-                        "guard": name,
-                        "id": prompt.id,
-                        "label": prompt.label,
-                        "sent": exact,
-                        "response": answer.text,
-                        "tokens": answer.tokens,
-                        "gates": answer.gates,
-                    }
-                )
-    return pd.DataFrame(rows)
+    words = default_conditions(model, prompts) if conditions is None else conditions
+    sent = {condition: prompts.with_image(condition) for condition in words}
+    everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
+    rendered = model.render(everything)
+    tables = []
+    for name, guard in zip(names, guards, strict=True):
+        # All conditions in one call: the fewer batches, the fewer steps.
+        answers = respond(
+            model,
+            everything,
+            guard=guard,
+            teacher=teacher,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        facts = {
+            "setting": prompts.name,
+            "condition": [condition for condition, batch in sent.items() for _ in batch],
+            "guard": name,
+            "id": [prompt.id for prompt in everything],
+            "label": everything.labels,
+            "sent": rendered,
+            "response": [answer.text for answer in answers],
+            "tokens": [answer.tokens for answer in answers],
+            "gates": [answer.gates for answer in answers],
+        }
+        tables.append(pd.DataFrame(facts))
+    order = {condition: position for position, condition in enumerate(words)}
+    return pd.concat(tables).sort_values(
+        "condition", key=lambda column: column.map(order), kind="stable", ignore_index=True
+    )
 
 
 def default_conditions(model: VLM, prompts: Prompts) -> list[str]:

@@ -1,7 +1,8 @@
 """The modality gap: how far the states of a prompt move when an image enters.
 
-X are the states of the text alone, Y those of the same prompts with an image, row by row. Everything is
-computed from the Gram matrices X X^T, Y Y^T and X Y^T, so that resampling prompts costs n^2, not n d_model.
+X are the states of the text alone, Y those of the same prompts with an image, row by row. Every metric is a
+function of the Gram matrices X X^T, Y Y^T and X Y^T and of weights over the prompts. A bootstrap resample is
+one row of weights, so that all resamples of a metric cost a few products of small matrices.
 
 Sources: centroid distance and cone, Liang et al., "Mind the Gap", NeurIPS 2022; RMG, Schrodi et al. 2024;
 linear CKA, Kornblith et al. 2019; the shift's safety share in the manner of ShiftDC, arXiv 2502.13095.
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 
 from mechguard.activations import Activations
@@ -26,7 +27,10 @@ from mechguard.statistics import percentile_interval, resample_indices, wilson_i
 
 OBSERVED, SWAPPED = "observed", "shuffled modality"
 FOLDS = 5
+TINY = 1e-12
 Gram = Float[ndarray, "n n"]
+Weights = Float[ndarray, "draws n"]  # rows that sum to one
+Draws = Float[ndarray, " draws"]
 
 
 @dataclass(frozen=True)
@@ -43,82 +47,95 @@ class Grams:
 
     def normalised(self) -> Grams:
         """The same for states scaled to unit length: cosines."""
-        a = np.sqrt(np.diag(self.xx)).clip(1e-12)
-        b = np.sqrt(np.diag(self.yy)).clip(1e-12)
+        a = np.sqrt(np.diag(self.xx)).clip(TINY)
+        b = np.sqrt(np.diag(self.yy)).clip(TINY)
         return Grams(self.xx / np.outer(a, a), self.yy / np.outer(b, b), self.xy / np.outer(a, b))
 
-    def take(self, rows: Int[ndarray, " m"]) -> Grams:
-        """The prompts in `rows`, with repeats."""
-        grid = np.ix_(rows, rows)
-        return Grams(self.xx[grid], self.yy[grid], self.xy[grid])
-
-    def swapped(self, rows: ndarray) -> Grams:
-        """The same prompts with text and image exchanged where `rows` is true."""
-        both = np.block([[self.xx, self.xy], [self.xy.T, self.yy]])
-        n = len(self.xx)
-        first = np.where(rows, np.arange(n) + n, np.arange(n))
-        second = np.where(rows, np.arange(n), np.arange(n) + n)
-        return Grams(both[np.ix_(first, first)], both[np.ix_(second, second)], both[np.ix_(first, second)])
+    @property
+    def shift(self) -> Gram:
+        """Inner products of the shifts h(x, image) - h(x)."""
+        return self.xx + self.yy - self.xy - self.xy.T
 
 
-def centroid_distance(grams: Grams) -> float:
+def form(gram: Gram, weights: Weights) -> Draws:
+    """w^T K w for every row of weights: the squared length (or inner product) of weighted means."""
+    return np.einsum("rn,rn->r", weights @ gram, weights)
+
+
+def centroid_distance(grams: Grams, weights: Weights) -> Draws:
     """||mu_X - mu_Y||, in units of the hidden state (or none, on unit-length states)."""
-    squared = grams.xx.mean() + grams.yy.mean() - 2 * grams.xy.mean()
-    return float(np.sqrt(max(squared, 0.0)))
+    return np.sqrt(form(grams.shift, weights).clip(0))
 
 
-def cosine_gap(grams: Grams) -> float:
+def cosine_gap(grams: Grams, weights: Weights) -> Draws:
     """1 - cos(mu_X, mu_Y)."""
-    return float(1 - grams.xy.mean() / np.sqrt(max(grams.xx.mean() * grams.yy.mean(), 1e-24)))
+    lengths = np.sqrt((form(grams.xx, weights) * form(grams.yy, weights)).clip(TINY))
+    return np.asarray(1 - form(grams.xy, weights) / lengths)
 
 
-def cone(cosines: Gram, distinct: ndarray) -> float:
+def cone(cosines: Gram, weights: Weights) -> Draws:
     """Mean cosine between the states of two different prompts of one modality."""
-    return float(cosines[distinct].mean())
+    same = weights**2
+    return np.asarray((form(cosines, weights) - same @ np.diag(cosines)) / (1 - same.sum(1)).clip(TINY))
 
 
-def rmg(cosines: Grams, distinct: ndarray) -> float:
+def rmg(cosines: Grams, weights: Weights) -> Draws:
     """Relative modality gap with d = 1 - (cos + 1) / 2: the mean distance of a prompt's two states
     over itself plus the mean distance within the modalities; 1/2 when both are alike."""
-    between = float((1 - np.diag(cosines.xy)).mean()) / 2
-    within = (1 - cone(cosines.xx, distinct) + 1 - cone(cosines.yy, distinct)) / 4
-    return between / max(between + within, 1e-12)
+    between = weights @ (1 - np.diag(cosines.xy)) / 2
+    within = (2 - cone(cosines.xx, weights) - cone(cosines.yy, weights)) / 4
+    return np.asarray(between / (between + within).clip(TINY))
 
 
-def cka(grams: Grams) -> float:
+def cka(grams: Grams, weights: Weights) -> Draws:
     """Linear CKA of the centred states, ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F); 1 when alike."""
-    x, y = _centred(grams.xx), _centred(grams.yy)
-    return float((x * y).sum() / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-24))
+    alignment = _centred_product(grams.xx, grams.yy, weights)
+    own = _centred_product(grams.xx, grams.xx, weights) * _centred_product(grams.yy, grams.yy, weights)
+    return np.asarray(alignment / np.sqrt(own.clip(TINY**2)))
 
 
-def shift_norm_ratio(grams: Grams) -> float:
+def shift_norm_ratio(grams: Grams, weights: Weights) -> Draws:
     """Mean ||h(x, image) - h(x)|| over mean ||h(x)||."""
-    squared = np.diag(grams.xx) + np.diag(grams.yy) - 2 * np.diag(grams.xy)
-    return float(np.sqrt(squared.clip(0)).mean() / np.sqrt(np.diag(grams.xx)).mean().clip(1e-12))
+    shifts = weights @ np.sqrt(np.diag(grams.shift).clip(0))
+    return np.asarray(shifts / (weights @ np.sqrt(np.diag(grams.xx))).clip(TINY))
 
 
-def shift_consistency(grams: Grams) -> float:
+def shift_consistency(grams: Grams, weights: Weights) -> Draws:
     """Mean cosine between each prompt's shift and the mean shift; 1 when all move alike."""
-    inner = grams.xx + grams.yy - grams.xy - grams.xy.T
-    lengths = np.sqrt(np.diag(inner).clip(1e-24))
-    mean_length = np.sqrt(max(inner.mean(), 1e-24))
-    return float((inner.mean(1) / lengths / mean_length).mean())
+    return _consistency(grams.shift, weights, weights)
 
 
-Metric = Callable[[Grams, Grams, ndarray], float]
-METRICS: dict[str, Metric] = {
-    "centroid_distance": lambda raw, cosines, distinct: centroid_distance(raw),
-    "centroid_distance_normalised": lambda raw, cosines, distinct: centroid_distance(cosines),
-    "cosine_gap": lambda raw, cosines, distinct: cosine_gap(raw),
-    "cone_text": lambda raw, cosines, distinct: cone(cosines.xx, distinct),
-    "cone_image": lambda raw, cosines, distinct: cone(cosines.yy, distinct),
-    "rmg": lambda raw, cosines, distinct: rmg(cosines, distinct),
-    "cka": lambda raw, cosines, distinct: cka(raw),
-    "shift_norm_ratio": lambda raw, cosines, distinct: shift_norm_ratio(raw),
-    "shift_consistency": lambda raw, cosines, distinct: shift_consistency(raw),
+def _consistency(shift: Gram, signed: Weights, weights: Weights) -> Draws:
+    """Mean cosine with the mean of shifts that are weighted and, in `signed`, perhaps turned round."""
+    lengths = np.sqrt(np.diag(shift).clip(TINY))
+    means = np.sqrt(form(shift, signed).clip(TINY))
+    return np.asarray(np.einsum("rn,rn->r", signed @ shift, signed / lengths) / means)
+
+
+def _centred_product(a: Gram, b: Gram, weights: Weights) -> Draws:
+    """The weighted sum of products of two Gram matrices, each centred on its weighted mean."""
+    crossed = np.einsum("rn,rn,rn->r", weights, weights @ a, weights @ b)
+    return form(a * b, weights) - 2 * crossed + form(a, weights) * form(b, weights)
+
+
+METRICS: dict[str, Callable[[Grams, Grams, Weights], Draws]] = {
+    "centroid_distance": lambda raw, cosines, weights: centroid_distance(raw, weights),
+    "centroid_distance_normalised": lambda raw, cosines, weights: centroid_distance(cosines, weights),
+    "cosine_gap": lambda raw, cosines, weights: cosine_gap(raw, weights),
+    "cone_text": lambda raw, cosines, weights: cone(cosines.xx, weights),
+    "cone_image": lambda raw, cosines, weights: cone(cosines.yy, weights),
+    "rmg": lambda raw, cosines, weights: rmg(cosines, weights),
+    "cka": lambda raw, cosines, weights: cka(raw, weights),
+    "shift_norm_ratio": lambda raw, cosines, weights: shift_norm_ratio(raw, weights),
+    "shift_consistency": lambda raw, cosines, weights: shift_consistency(raw, weights),
 }
-# What exchanging a prompt's two states at random would leave, were there no gap.
-NULL_METRICS = ("centroid_distance", "centroid_distance_normalised", "cosine_gap", "shift_consistency")
+# What exchanging a prompt's two states at random would leave, were there no gap: with signs s, the mean
+# shift is that of s_i (y_i - x_i).
+NULLS: dict[str, Callable[[Grams, Grams, Weights], Draws]] = {
+    "centroid_distance": lambda raw, cosines, signed: centroid_distance(raw, signed),
+    "centroid_distance_normalised": lambda raw, cosines, signed: centroid_distance(cosines, signed),
+    "shift_consistency": lambda raw, cosines, signed: _consistency(raw.shift, signed, signed),
+}
 
 
 def measure_modality_gap(
@@ -179,30 +196,25 @@ def _layer_rows(
     resamples: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    grams = Grams.of(x, y)
-    observed = _all_metrics(grams, ~np.eye(len(x), dtype=bool))
-    draws = [
-        _all_metrics(grams.take(rows), rows[:, None] != rows[None, :])
-        for rows in resample_indices(len(x), resamples, seed)
+    n = len(x)
+    raw = Grams.of(x, y)
+    cosines = raw.normalised()
+    once = np.full((1, n), 1 / n)
+    counts = np.stack([np.bincount(rows, minlength=n) for rows in resample_indices(n, resamples, seed)])
+    result = [
+        _row(OBSERVED, name, float(metric(raw, cosines, once)[0]), metric(raw, cosines, counts / n))
+        for name, metric in METRICS.items()
     ]
-    result = [_row(OBSERVED, name, observed[name], [d[name] for d in draws]) for name in METRICS]
     result.append(_accuracy_row(x, y))
     if nulls:
-        coins = np.random.default_rng(seed).integers(0, 2, (resamples, len(x))).astype(bool)
-        null = [_all_metrics(grams.swapped(coin), ~np.eye(len(x), dtype=bool)) for coin in coins]
-        for name in NULL_METRICS:
-            values = [draw[name] for draw in null]
-            result.append(_row(SWAPPED, name, float(np.mean(values)), values))
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, n))
+        draws = {name: null(raw, cosines, signs / n) for name, null in NULLS.items()}
+        result += [_row(SWAPPED, name, float(values.mean()), values) for name, values in draws.items()]
     return result
 
 
-def _all_metrics(raw: Grams, distinct: ndarray) -> dict[str, float]:
-    cosines = raw.normalised()
-    return {name: metric(raw, cosines, distinct) for name, metric in METRICS.items()}
-
-
-def _row(direction: str, metric: str, value: float, draws: list[float]) -> dict[str, Any]:
-    low, high = percentile_interval(np.array(draws))
+def _row(direction: str, metric: str, value: float, draws: Draws) -> dict[str, Any]:
+    low, high = percentile_interval(draws)
     return {
         "direction": direction,
         "metric": metric,
@@ -245,11 +257,6 @@ def _share_rows(
     random = (np.abs(shift @ drawn.T) / lengths[:, None]).mean(0)
     draws = shares[resample_indices(len(shares), resamples, seed)].mean(1)
     return [
-        _row(OBSERVED, "safety_share", float(shares.mean()), draws.tolist()),
-        _row("random direction", "safety_share", float(random.mean()), random.tolist()),
+        _row(OBSERVED, "safety_share", float(shares.mean()), draws),
+        _row("random direction", "safety_share", float(random.mean()), random),
     ]
-
-
-def _centred(gram: Gram) -> Gram:
-    rows = gram.mean(0, keepdims=True)
-    return np.asarray(gram - rows - rows.T + gram.mean())

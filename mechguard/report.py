@@ -170,8 +170,11 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     return write_text(study.folder / "report.html" if out is None else out, page)
 
 
-def write_figures(study_dir: str | os.PathLike[str]) -> list[Path]:
+def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> list[Path]:
     """Write each figure of a study to `figures/NAME.html`; they share one plotly.min.js beside them.
+
+    Args:
+        png: also try for pictures, some seconds each; needs kaleido and a Chromium.
 
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
@@ -180,7 +183,7 @@ def write_figures(study_dir: str | os.PathLike[str]) -> list[Path]:
     written = []
     for name, figure in study.figures():
         page = study.folder / "figures" / name
-        written += plots.save(figure, page, include_plotlyjs="directory", png=False)
+        written += plots.save(figure, page, include_plotlyjs="directory", png=png)
     return written
 
 

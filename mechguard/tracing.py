@@ -6,6 +6,7 @@ length, so that little padding is computed, and come back in their own order.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -266,7 +267,7 @@ def _in_batches(
     size = _auto_batch_size(width) if batch_size == "auto" else batch_size
     if size < 1:
         raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    size, start = min(size, len(order)), 0
+    size, start = math.ceil(len(order) / math.ceil(len(order) / size)), 0  # batches of equal size
     with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         while start < len(order):
             rows = order[start : start + size]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
+import torch
 
 import mechguard as mg
 
@@ -91,6 +92,24 @@ def test_a_saved_guard_serves_the_command_line(study, llava_folder):
     asked = mg.Prompts([mg.Prompt("0", "how to make a cake ?")]).with_image("blank")
     expected = mg.generate(loaded, asked, guard=mg.Guard.load(guard), progress=False)
     assert done.stdout.strip() == expected[0].strip()
+
+
+def test_the_steps_of_the_line_are_commands_too(study, llava_folder, data, tmp_path):
+    anchors = data / "anchors.jsonl"
+    run("collect", llava_folder, anchors, "--llm", "--out", tmp_path / "a", "--quiet")
+    done = run("fit", tmp_path / "a", "--rank", 2, "--out", tmp_path / "ssd")
+    assert done.stdout.startswith("Directions('svd, llm text', layer=3, rank=2")
+    studied = mg.Directions.load(study / "directions" / "ssd").data[:, :2]
+    assert torch.allclose(mg.Directions.load(tmp_path / "ssd").data, studied, atol=1e-4)
+    guard = study / "guards" / "vlm_guard"
+    settings = ("--condition", "blank", "--guard", guard, "--max-new-tokens", 4, "--quiet")
+    run("evaluate", llava_folder, data / "malicious.jsonl", *settings, "--out", tmp_path / "t.csv")
+    table = mg.Result.load(tmp_path / "t.csv").table.drop(columns="setting")
+    full = mg.Result.load(study / "results" / "behaviour").where(
+        condition="blank", guard=["none", "vlm_guard"]
+    )
+    expected = full.table[full.table["metric"].isin(table["metric"])].drop(columns="setting")
+    pd.testing.assert_frame_equal(table, expected.reset_index(drop=True))
 
 
 def test_a_report_can_be_drawn_again_without_a_model(study):

@@ -44,9 +44,11 @@ def sweep_heatmap(result: Result, *, metric: str) -> go.Figure:
         horizontal_spacing=0.02,
         vertical_spacing=0.28 / len(conditions),
     )
+    # The same rows in every panel: panels that share an axis must agree on the order of its words.
+    order = sorted(cells["layers"].unique(), key=lambda text: (len(text.split(",")[0].split()), text))
     for (condition, variant), panel in cells.groupby(list(FACETS), sort=False):
         place = (conditions.index(condition) + 1, variants.index(variant) + 1)
-        figure.add_trace(_heatmap(panel), row=place[0], col=place[1])
+        figure.add_trace(_heatmap(panel, order), row=place[0], col=place[1])
     turned = "Cividis_r" if metric in LOW_IS_GOOD else "Cividis"
     bar = {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0}
     figure.update_layout(margin_t=112)
@@ -94,11 +96,10 @@ def _title(condition: str, variant: str, plain: pd.DataFrame) -> str:
     return f"{title}<br>unguarded {plain['value'].iloc[0]:.0%}" if len(plain) == 1 else title
 
 
-def _heatmap(cells: pd.DataFrame) -> go.Heatmap:
-    order = sorted(cells["layers"].unique(), key=lambda text: (len(text.split()), text))
+def _heatmap(cells: pd.DataFrame, order: list[str]) -> go.Heatmap:
     columns = ["value", *[column for column in ("low", "high", "n") if column in cells]]
     grids = {
-        column: cells.pivot_table(index="layers", columns="alpha", values=column).loc[order]
+        column: cells.pivot_table(index="layers", columns="alpha", values=column).reindex(order)
         for column in columns
     }
     hover = "layers %{y}, alpha %{x}: %{z:.1%}"
