@@ -2,8 +2,7 @@
 
     results/*.csv, responses.jsonl, study.json -> figures/*.html and report.html
 
-Only the folder is read, so a report can be written again anywhere. Its sentences are made from the tables:
-they name a difference only where two 95% intervals do not overlap.
+Only the folder is read, so a report can be written again anywhere. Its sentences are in `summary`.
 """
 
 from __future__ import annotations
@@ -25,17 +24,12 @@ from plotly.offline import get_plotlyjs
 from mechguard import plots
 from mechguard.errors import MechguardError
 from mechguard.plots.pages import FIGURE_CSS, draw_html
-from mechguard.plots.style import metric_name
-from mechguard.result import Result
+from mechguard.result import UNGUARDED, Result
 from mechguard.storage import read_json, write_text
+from mechguard.summary import GUARDED, headline, picture_condition, summarise
 
 RESULTS = ("behaviour", "separability", "modality_gap", "gates", "sweep", "states")
-HARM_METRICS = ("attack_success", "complete_refusal")
-HEADLINE = ("attack_success", "complete_refusal", "keyword_refusal", "benign_compliance")
-UNGUARDED, GUARDED, CONTROL = "none", "vlm_guard", "random"
-CONTROLS = ("own, held out", "random", "shuffled labels")
 SAMPLES = 12
-NOT_SHOWN = "the intervals overlap, so a difference is not shown"
 
 
 class Drawing(NamedTuple):
@@ -61,30 +55,6 @@ DRAWINGS = (
         for metric in ("attack_success", "complete_refusal", "benign_compliance")
     ),
 )
-
-
-class Rate(NamedTuple):
-    """One number of a table with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def percent(self) -> str:
-        return f"{_number(self.value)}%"
-
-    @property
-    def interval(self) -> str:
-        return f"{_number(self.low)} to {_number(self.high)}%"
-
-    @property
-    def words(self) -> str:
-        return f"{self.percent} (95% interval {self.interval}, n = {self.n})"
-
-    def overlaps(self, other: Rate) -> bool:
-        return self.low <= other.high and other.low <= self.high
 
 
 @dataclass(frozen=True)
@@ -147,6 +117,8 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
     study = StudyFolder.read(study_dir)
+    behaviour = study.reported("behaviour").table
+    separability = study.reported("separability").table if "separability" in study.results else None
     environment = Environment(
         loader=PackageLoader("mechguard", "templates"),
         autoescape=True,
@@ -157,8 +129,8 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     page = environment.get_template("report.html").render(
         model=study.model,
         facts=study.facts,
-        summary=summarise(study),
-        headline=headline(study.reported("behaviour")),
+        summary=summarise(behaviour, separability),
+        headline=headline(behaviour),
         figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
         samples=sample_responses(study.responses),
         parameters=describe_parameters(study.facts),
@@ -187,46 +159,6 @@ def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> li
     return written
 
 
-def summarise(study: StudyFolder) -> list[str]:
-    """The study in a few sentences, one paragraph per question that the tables can answer."""
-    behaviour = study.reported("behaviour").table
-    paragraphs = [
-        *(
-            text
-            for about, rows in _named_settings(behaviour[behaviour["metric"].isin(HARM_METRICS)])
-            for text in (_say_loss(_of(rows, "attack_success"), about), _say_guard(rows))
-        ),
-        _say_benign(behaviour),
-        _say_layers(study.reported("separability").table) if "separability" in study.results else "",
-    ]
-    return [text for text in paragraphs if text]
-
-
-def headline(behaviour: Result) -> dict[str, Any]:
-    """The headline table: columns of metrics (and settings), rows of condition x guard."""
-    table = behaviour.table
-    columns = [
-        (metric, setting)
-        for metric in HEADLINE
-        for setting, _ in _by_setting(table[table["metric"] == metric])
-    ]
-    many = len({setting for _, setting in columns}) > 1
-    rows = [
-        {
-            "condition": condition,
-            "guard": guard,
-            "cells": [
-                _rate(table, condition, guard, metric=metric, **({"setting": setting} if setting else {}))
-                for metric, setting in columns
-            ],
-        }
-        for condition in table["condition"].unique()
-        for guard in table["guard"].unique()
-    ]
-    names = [metric_name(m) + (f", {setting}" if many else "") for m, setting in columns]
-    return {"columns": names, "rows": [row for row in rows if any(row["cells"])]}
-
-
 def sample_responses(responses: pd.DataFrame, count: int = SAMPLES) -> list[dict[str, Any]]:
     """Answers to harmful prompts before and after each guard, beside a picture where there is one.
 
@@ -235,7 +167,7 @@ def sample_responses(responses: pd.DataFrame, count: int = SAMPLES) -> list[dict
     if responses.empty:
         return []
     harmful = responses[responses["label"] == "harmful"]
-    condition = _picture_condition(list(harmful["condition"].unique()))
+    condition = picture_condition(list(harmful["condition"].unique()))
     shown = harmful[harmful["condition"] == condition]
     before = shown[shown["guard"] == UNGUARDED]
     step = max(1, len(before) // count)
@@ -297,195 +229,3 @@ def _verdict(row: dict[str, Any], when: str) -> str:
     if row.get(f"complete_refusal_{when}"):
         return "refused"
     return "refused, incompletely" if row.get(f"keyword_refusal_{when}") else "neither"
-
-
-def _say_loss(rows: pd.DataFrame, about: str) -> str:
-    """How much more is answered beside a picture."""
-    picture = _picture_condition(list(rows["condition"].unique()))
-    text, seen = _rate(rows, "text", UNGUARDED), _rate(rows, picture, UNGUARDED)
-    if text is None or seen is None or picture == "text":
-        return ""
-    verdict = (
-        NOT_SHOWN
-        if text.overlaps(seen)
-        else f"a change of {_number(seen.value - text.value, sign=True)} points, intervals apart"
-    )
-    return (
-        f"Harmful prompts{about} are answered {text.words} of the time as text alone, and {seen.words} "
-        f"beside {_called(picture)}: {verdict}."
-    )
-
-
-def _say_guard(rows: pd.DataFrame) -> str:
-    """What the guard changes beside a picture: answers, complete refusals, and the control."""
-    answered = _of(rows, "attack_success")
-    picture = _picture_condition(list(answered["condition"].unique()))
-    plain, guarded = _rate(answered, picture, UNGUARDED), _rate(answered, picture, GUARDED)
-    if plain is None or guarded is None:
-        return ""
-    verdict = NOT_SHOWN if plain.overlaps(guarded) else "the intervals are apart"
-    said = [
-        f"Beside {_called(picture)} with {GUARDED} they are answered {guarded.words}; "
-        f"against the unguarded model, {verdict}.",
-        _say_refusals(_of(rows, "complete_refusal"), picture),
-        _say_controls(answered, picture, guarded),
-    ]
-    return " ".join(sentence for sentence in said if sentence)
-
-
-def _say_refusals(refused: pd.DataFrame, picture: str) -> str:
-    """Complete refusals, without which few answers may only mean a broken model."""
-    plain, guarded = _rate(refused, picture, UNGUARDED), _rate(refused, picture, GUARDED)
-    if plain is None or guarded is None:
-        return ""
-    return f"They are refused completely {guarded.words} with it, and {plain.words} without."
-
-
-def _say_controls(answered: pd.DataFrame, picture: str, guarded: Rate) -> str:
-    """Whether random subspaces do what the fitted one does."""
-    names = [guard for guard in answered["guard"].unique() if guard.split(" ")[0] == CONTROL]
-    controls = [rate for rate in (_rate(answered, picture, name) for name in names) if rate]
-    if not controls:
-        return ""
-    alike = sum(control.overlaps(guarded) for control in controls)
-    compared = (
-        f"the intervals of {alike} of {len(controls)} overlap the guard's, so a part of the fitted "
-        "direction in this is not shown"
-        if alike
-        else "their intervals are apart from the guard's"
-    )
-    subspaces = "a random subspace" if len(controls) == 1 else f"{len(controls)} random subspaces"
-    found = "; ".join(control.words for control in controls)
-    return f"With {subspaces} in place of the fitted one: {found}; {compared}."
-
-
-def _say_benign(behaviour: pd.DataFrame) -> str:
-    """What the guard costs on harmless prompts."""
-    rows = behaviour[behaviour["metric"] == "benign_compliance"]
-    if rows.empty:
-        return ""
-    picture = _picture_condition(list(rows["condition"].unique()))
-    sentences = []
-    for about, found in _named_settings(rows):
-        plain, guarded = _rate(found, picture, UNGUARDED), _rate(found, picture, GUARDED)
-        if plain is None or guarded is None:
-            continue
-        verdict = NOT_SHOWN if plain.overlaps(guarded) else "the intervals are apart"
-        sentences.append(
-            f"Harmless prompts{about} beside {_called(picture)} are answered {guarded.words} with "
-            f"{GUARDED}, and {plain.words} without: {verdict}."
-        )
-    return " ".join(sentences)
-
-
-def _say_layers(separability: pd.DataFrame) -> str:
-    """Where along the layers the LLM's direction separates less beside a picture than in text."""
-    rows = separability[separability["metric"] == "auroc"]
-    fitted = [name for name in rows["direction"].unique() if name not in CONTROLS]
-    conditions = list(rows["condition"].unique())
-    texts = [name for name in ("vlm text", "llm text", "text") if name in conditions]
-    pictures = [name for name in conditions if not name.endswith("text")]
-    if not fitted or not texts or not pictures:
-        return ""
-    picture = next((name for name in pictures if name.endswith("blank")), pictures[0])
-    along = rows[rows["direction"] == fitted[0]]
-    gaps = _auroc_gaps(along, texts[0], picture)
-    if not gaps:
-        return ""
-    shown = [layer for layer, (text, seen) in gaps.items() if not text.overlaps(seen)]
-    layer = max(shown or gaps, key=lambda key: abs(gaps[key][0].value - gaps[key][1].value))
-    text, seen = gaps[layer]
-    where = (
-        f"differs from that of text at layer{'s' * (len(shown) > 1)} {_ranges(shown)}, intervals apart"
-        if shown
-        else "is not shown to differ from that of text at any layer: the intervals overlap"
-    )
-    return (
-        f"Along the LLM's safety steering direction the AUROC beside {_called(picture)} {where}; the "
-        f"difference is largest at layer {layer}, {text.value:.3f} in text and {seen.value:.3f} beside the "
-        f"picture (95% intervals {text.low:.3f} to {text.high:.3f} and {seen.low:.3f} to "
-        f"{seen.high:.3f}, n = {seen.n}).{_say_own(rows, picture, layer)}"
-    )
-
-
-def _say_own(rows: pd.DataFrame, picture: str, layer: int) -> str:
-    own = rows[(rows["direction"] == CONTROLS[0]) & (rows["layer"] == layer)]
-    own = own[own["condition"] == picture]
-    if own.empty:
-        return ""
-    found = _as_rate(own.iloc[0])
-    return (
-        f" Along the states' own direction, held out, it is {found.value:.3f} there ({found.low:.3f} to "
-        f"{found.high:.3f})."
-    )
-
-
-def _auroc_gaps(along: pd.DataFrame, text: str, picture: str) -> dict[int, tuple[Rate, Rate]]:
-    rates = {
-        condition: {int(row["layer"]): _as_rate(row) for _, row in rows.iterrows()}
-        for condition, rows in along.groupby("condition")
-    }
-    return {
-        layer: (rates[text][layer], rates[picture][layer])
-        for layer in rates.get(text, {})
-        if layer in rates.get(picture, {})
-    }
-
-
-def _of(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return table[table["metric"] == metric]
-
-
-def _rate(table: pd.DataFrame, condition: str, guard: str, **where: str) -> Rate | None:
-    chosen = (table["condition"] == condition) & (table["guard"] == guard)
-    for column, value in where.items():
-        chosen &= table[column] == value
-    rows = table[chosen]
-    return None if rows.empty else _as_rate(rows.iloc[0])
-
-
-def _as_rate(row: pd.Series) -> Rate:
-    return Rate(float(row["value"]), float(row["low"]), float(row["high"]), int(row["n"]))
-
-
-def _by_setting(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    if "setting" not in table:
-        yield "", table
-        return
-    for setting, rows in table.groupby("setting", sort=False):
-        yield str(setting), rows
-
-
-def _named_settings(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each setting, with words for it where there are several."""
-    groups = list(_by_setting(table))
-    for setting, rows in groups:
-        yield (f" of {setting}" if len(groups) > 1 else ""), rows
-
-
-def _picture_condition(conditions: list[str]) -> str:
-    """Blank if it was measured, else the first condition with a picture, else text."""
-    pictures = [name for name in conditions if name != "text"]
-    return "blank" if "blank" in pictures else (pictures or ["text"])[0]
-
-
-def _called(condition: str) -> str:
-    name = condition.removeprefix("vlm ")
-    known = {"text": "no image", "image": "their own image", "noise": "an image of noise"}
-    return known.get(name, f"a {name} image")
-
-
-def _number(share: float, *, sign: bool = False) -> str:
-    """A share in per cent, with one decimal where it says something."""
-    return f"{100 * share:{'+' if sign else ''}.1f}".removesuffix(".0")
-
-
-def _ranges(layers: list[int]) -> str:
-    """[1, 2, 3, 6] as "1-3, 6"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

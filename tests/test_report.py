@@ -13,9 +13,10 @@ import pytest
 
 import mechguard.report as reports
 from mechguard.errors import MechguardError
-from mechguard.report import StudyFolder, headline, sample_responses, write_figures, write_report
+from mechguard.report import StudyFolder, sample_responses, write_figures, write_report
 from mechguard.result import Result
 from mechguard.storage import write_json, write_text
+from mechguard.summary import headline, summarise
 
 
 class Page(HTMLParser):
@@ -48,6 +49,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(study: Path) -> Page:
     return Page(write_report(study).read_text())
+
+
+def summary_of(folder: Path) -> list[str]:
+    study = StudyFolder.read(folder)
+    separability = study.reported("separability").table if "separability" in study.results else None
+    return summarise(study.reported("behaviour").table, separability)
 
 
 def changed(folder: Path, **results: pd.DataFrame) -> Path:
@@ -122,7 +129,7 @@ def test_overlapping_intervals_are_not_called_a_difference(tmp_path: Path):
     for table in (behaviour, separability):
         table["low"], table["high"] = 0.0, 1.0
     folder = changed(tmp_path, behaviour=behaviour, separability=separability)
-    loss, guard, benign, layers = reports.summarise(StudyFolder.read(folder))
+    loss, guard, benign, layers = summary_of(folder)
     assert loss.endswith(f"{reports.NOT_SHOWN}.")
     assert f"against the unguarded model, {reports.NOT_SHOWN}" in guard
     assert "of 2 of 2 overlap the guard's, so a part of the fitted direction in this is not shown" in guard
@@ -133,15 +140,15 @@ def test_overlapping_intervals_are_not_called_a_difference(tmp_path: Path):
 def test_several_settings_are_summarised_one_by_one(tmp_path: Path):
     one = pretend.behaviour().table
     both = pd.concat([one, one.assign(setting="jailbreak", value=0.42)])
-    paragraphs = reports.summarise(StudyFolder.read(changed(tmp_path, behaviour=both)))
+    paragraphs = summary_of(changed(tmp_path, behaviour=both))
     assert any(text.startswith("Harmful prompts of jailbreak are answered") for text in paragraphs)
-    table = headline(Result(both))
+    table = headline(both)
     assert table["columns"][:2] == ["Attack success, test", "Attack success, jailbreak"]
     assert [cell.percent for cell in table["rows"][0]["cells"][:2]] == ["8%", "42%"]
 
 
 def test_the_headline_table_has_a_row_per_condition_and_guard():
-    table = headline(pretend.behaviour())
+    table = headline(pretend.behaviour().table)
     assert table["columns"] == [
         "Attack success",
         "Complete refusal",
@@ -157,7 +164,7 @@ def test_the_report_is_of_the_test_split(tmp_path: Path):
     validation = pretend.behaviour().table.assign(split="validation", value=0.33)
     both = pd.concat([validation, pretend.behaviour().table])
     folder = changed(tmp_path, behaviour=both)
-    assert "33%" not in " ".join(reports.summarise(StudyFolder.read(folder)))
+    assert "33%" not in " ".join(summary_of(folder))
     assert set(StudyFolder.read(folder).reported("behaviour").table["split"]) == {"test"}
 
 

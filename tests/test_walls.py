@@ -17,7 +17,7 @@ ROWS = [
     {"storage"},
     {"result", "prompts", "families", "interventions", "statistics"},
     {"datasets", "activations", "organism", "judges", "plots"},
-    {"models", "directions"},
+    {"models", "directions", "summary"},
     {"separability", "gap", "maps", "guards"},
     {"tracing"},
     {"evaluation", "report"},
@@ -94,7 +94,7 @@ def test_only_circuits_knows_transformer_lens():
 
 def test_plots_and_statistics_import_neither_torch_nor_a_model():
     for package in ("torch", "transformers"):
-        assert importers_of(package).isdisjoint({"plots", "statistics", "report", "result"})
+        assert importers_of(package).isdisjoint({"plots", "statistics", "report", "result", "summary"})
 
 
 def test_nothing_is_pickled_and_nothing_installs_packages():
