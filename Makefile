@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint bench format clean
+.PHONY: install demo figures test lint bench format clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,12 @@ $(INSTALLED): pyproject.toml
 demo: install
 	$(BIN)/mechguard study organism --out figures/demo
 	@echo "open figures/demo/report.html"
+
+figures: demo
+	$(BIN)/mechguard report figures/demo --png
+	cp figures/demo/figures/behaviour.png figures/headline.png
+	cp figures/demo/results/behaviour.csv figures/headline.csv
+	cp figures/demo/results/behaviour.json figures/headline.json
 
 test: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest

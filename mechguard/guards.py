@@ -79,7 +79,7 @@ class Guard:
     alpha: float = 1.0
     project: bool = True
     gate: Gate = "midpoint"
-    source: Source = "llm"
+    source: Source = "llm-stream"
     scope: Scope = field(default_factory=Scope)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -235,7 +235,7 @@ def vlm_guard(
     alpha: float = 1.0,
     project: bool = True,
     gate: Gate = "midpoint",
-    source: Source = "llm",
+    source: Source = "llm-stream",
     scope: Scope | None = None,
     name: str = "vlm_guard",
 ) -> Guard:
@@ -247,7 +247,8 @@ def vlm_guard(
         alpha: strength of the realignment.
         project: remove the VLM's own component along the SSD first (equation 3).
         gate: see `Guard`; rows whose gate is closed are left alone.
-        source: see `Guard`; "last" is reading A, "llm" and "llm-stream" are reading B.
+        source: see `Guard`; "last" is reading A, "llm" and "llm-stream" are reading B. On the organism's
+            validation prompts only the stream brought refusals back as whole sentences.
         scope: the last position at the prompt and every generated token, by default.
 
     Raises:

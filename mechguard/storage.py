@@ -1,7 +1,7 @@
 """Files that are either whole or absent, and checked when they are read back.
 
 Tensors are stored as safetensors, what is known about them as JSON beside them; the JSON carries the
-SHA-256 of the tensor file, so that a truncated or altered file is noticed. Nothing is ever pickled.
+SHA-256 of the tensor file and of itself, so that a truncated or altered file is noticed. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def save_tensors(
     # Cloned, for safetensors refuses tensors that share memory.
     content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     write_bytes(stem.with_name(stem.name + ".safetensors"), content)
-    record = {"kind": kind, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    known = json.loads(json.dumps(facts, default=str))
+    record = {"kind": kind, "sha256": hashlib.sha256(content).hexdigest(), "facts": digest(known), **known}
     return write_json(stem.with_name(stem.name + ".json"), record)
 
 
@@ -94,8 +95,11 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     file = stem.with_name(stem.name + ".safetensors")
     if not file.is_file():
         raise MechguardError(f"{file} is missing beside its .json; save the {kind} again")
+    sums = {name: facts.pop(name, None) for name in ("kind", "sha256", "facts")}
+    if digest(facts) != sums["facts"]:
+        raise MechguardError(f"{stem}.json is not the file that was saved; save the {kind} again")
     content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != sums["sha256"]:
         raise MechguardError(
             f"{file} is not the file that was saved (its checksum differs); save the {kind} again"
         )

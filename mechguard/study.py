@@ -184,7 +184,7 @@ class Study:
 
         def measure() -> Result:
             guard = self.guard()
-            alone = projection(self.ssd, layers=guard.layers)
+            alone = projection(self.ssd.truncated(guard.rank), layers=guard.layers)
             count = self.settings.random_subspaces
             controls = [guard.randomised(seed, name=f"random {seed + 1}") for seed in range(count)]
             for saved in (alone, *controls):

@@ -80,7 +80,7 @@ mg.plots.state_map(mg.map_states([text, blank]))
 
 # %%
 layers = mg.select_layers(separability, k=3)
-guard = mg.vlm_guard(ssd, layers=layers, source="llm-stream")
+guard = mg.vlm_guard(ssd, layers=layers)
 table = mg.evaluate(vlm, test, guards=[None, guard, guard.randomised()], conditions=["text", "blank"])
 table.where(metric=["attack_success", "benign_compliance"]).table
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mechguard as mg
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -39,6 +41,20 @@ def test_the_readme_names_every_module():
     }
     for room in rooms - {"__init__.py", "__main__.py"}:
         assert re.search(rf"^\s*{re.escape(room)}/?\s", tree, re.MULTILINE), room
+
+
+def test_the_readmes_numbers_are_those_of_the_demo():
+    table = mg.Result.load(ROOT / "figures" / "headline").table
+    metrics = ["attack_success", "complete_refusal", "benign_compliance"]
+    shown = (ROOT / "README.md").read_text()
+    for (condition, guard), rows in table.groupby(["condition", "guard"], sort=False):
+        cells = [shown_rate(rows[rows["metric"] == metric].iloc[0]) for metric in metrics]
+        assert f"| {' | '.join([condition, guard, *cells])} |" in shown
+    assert set(table["n"]) == {150}
+
+
+def shown_rate(row) -> str:
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def test_the_readmes_pictures_are_there():

@@ -23,7 +23,7 @@ def test_a_guard_survives_a_round_trip(ssd, tmp_path):
     assert torch.equal(loaded.gate_centers, guard.gate_centers)
 
 
-@pytest.mark.parametrize("broken", ["bit", "cut", "gone", "kind", "json"])
+@pytest.mark.parametrize("broken", ["bit", "cut", "gone", "kind", "json", "fact"])
 def test_a_damaged_guard_file_is_refused(ssd, tmp_path, broken):
     mg.vlm_guard(ssd, layers=[0]).save(tmp_path / "g")
     tensors, facts = tmp_path / "g.safetensors", tmp_path / "g.json"
@@ -35,9 +35,11 @@ def test_a_damaged_guard_file_is_refused(ssd, tmp_path, broken):
         tensors.unlink()
     elif broken == "kind":
         ssd.save(tmp_path / "g")
+    elif broken == "fact":
+        facts.write_text(facts.read_text().replace('"alpha": 1.0', '"alpha": 9.0'))
     else:
         facts.write_text("{")
-    with pytest.raises(mg.MechguardError):
+    with pytest.raises(mg.MechguardError, match=r"guard|JSON"):
         mg.Guard.load(tmp_path / "g")
 
 

@@ -124,9 +124,10 @@ def test_behaviour_draws_every_rate_with_its_whiskers():
     assert [row[2] for row in bars.customdata] == list(rows["n"])
 
 
-def test_behaviour_leaves_out_complete_refusal_where_it_was_not_measured():
+def test_behaviour_leaves_out_what_was_not_measured():
     result = pretend.behaviour().where(metric=["attack_success", "benign_compliance"])
     assert len(panel_titles(plots.behaviour(result))) == 2
+    assert len(panel_titles(plots.behaviour(result.where(metric="attack_success")))) == 1
 
 
 def test_behaviour_tells_settings_apart_on_the_axis():
@@ -291,8 +292,8 @@ def test_an_absent_metric_and_an_empty_result_are_refused():
         plots.layer_sweep(separability(), metric="cka")
     with pytest.raises(MechguardError, match="without rows"):
         plots.gates(pretend.gates().where(label="unknown"))
-    with pytest.raises(MechguardError, match="benign_compliance"):
-        plots.behaviour(pretend.behaviour().where(metric="attack_success"))
+    with pytest.raises(MechguardError, match="none of the metrics attack_success"):
+        plots.behaviour(pretend.behaviour().where(metric="keyword_refusal"))
 
 
 def test_save_writes_one_page_that_needs_no_other_file(tmp_path: Path):
@@ -329,3 +330,27 @@ def test_importing_the_figures_and_the_report_loads_no_model_code():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_panels_of_a_sweep_share_their_rows_where_only_one_reading_was_swept_by_rank():
+    rows = [
+        {"condition": "blank", "variant": variant, "layers": layers, "alpha": 1.0, "rank": rank}
+        | {
+            "metric": "attack_success",
+            "value": rank / 10,
+            "low": 0.0,
+            "high": 1.0,
+            "n": 5,
+            "split": "validation",
+        }
+        for variant, layers, rank in [
+            ("A", "5", 1),
+            ("A", "0 5", 1),
+            ("B", "5", 1),
+            ("B", "0 5", 1),
+            ("B", "5", 4),
+        ]
+    ]
+    first, second = plots.sweep_heatmap(Result.from_rows(rows), metric="attack_success").data
+    assert list(first.y) == list(second.y) == ["5, rank 1", "5, rank 4", "0 5, rank 1"]
+    assert [row[0] for row in second.z] == [0.1, 0.4, 0.1]

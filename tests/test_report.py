@@ -11,7 +11,7 @@ import pandas as pd
 import pretend
 import pytest
 
-import mechguard.report as reports
+import mechguard.summary as summary
 from mechguard.errors import MechguardError
 from mechguard.report import StudyFolder, sample_responses, write_figures, write_report
 from mechguard.result import Result
@@ -130,10 +130,10 @@ def test_overlapping_intervals_are_not_called_a_difference(tmp_path: Path):
         table["low"], table["high"] = 0.0, 1.0
     folder = changed(tmp_path, behaviour=behaviour, separability=separability)
     loss, guard, benign, layers = summary_of(folder)
-    assert loss.endswith(f"{reports.NOT_SHOWN}.")
-    assert f"against the unguarded model, {reports.NOT_SHOWN}" in guard
+    assert loss.endswith(f"{summary.NOT_SHOWN}.")
+    assert f"against the unguarded model, {summary.NOT_SHOWN}" in guard
     assert "of 2 of 2 overlap the guard's, so a part of the fitted direction in this is not shown" in guard
-    assert benign.endswith(f"{reports.NOT_SHOWN}.")
+    assert benign.endswith(f"{summary.NOT_SHOWN}.")
     assert "is not shown to differ from that of text at any layer" in layers
 
 
@@ -246,4 +246,4 @@ def test_writing_the_report_twice_gives_the_same_bytes(study: Path):
     ("layers", "text"), [([1, 2, 3, 6], "1-3, 6"), ([4], "4"), ([], ""), ([0, 2], "0, 2")]
 )
 def test_layers_are_written_as_ranges(layers: list[int], text: str):
-    assert reports._ranges(layers) == text
+    assert summary._ranges(layers) == text

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechguard.errors import MechguardError
 from mechguard.plots.style import (
     GUARD_COLOURS,
     colours,
@@ -20,7 +21,7 @@ from mechguard.plots.style import (
 )
 from mechguard.result import Result
 
-# metric -> the title of its panel; the first and the last are required
+# metric -> the title of its panel, which is drawn where the metric was measured
 PANELS = {
     "attack_success": "Attack success<br>harmful prompts, lower is better",
     "complete_refusal": "Complete refusal<br>harmful prompts, higher is better",
@@ -31,20 +32,23 @@ PATTERNS = ("", "/", ".", "x", "-", "|")
 
 
 def behaviour(result: Result) -> go.Figure:
-    """Attack success and benign compliance (and complete refusal, if measured) with 95% whiskers.
+    """Attack success, complete refusal and benign compliance, as far as measured, with 95% whiskers.
 
     Bars stand by condition and have the colour of their guard; numbered guards, such as several random
     subspaces, share a colour and differ in hatching.
 
     Args:
-        result: of `evaluate`, on harmful and harmless prompts.
+        result: of `evaluate`.
 
     Raises:
-        MechguardError: the result is not a behaviour table of one split, or lacks one kind of prompts.
+        MechguardError: the result is not a behaviour table of one split, or holds none of these metrics.
     """
     table = table_of(result, "behaviour", *COLUMNS, made_by="evaluate")
-    required = {"attack_success", "benign_compliance"}
-    panels = {m: t for m, t in PANELS.items() if m in required or m in set(table["metric"])}
+    panels = {metric: title for metric, title in PANELS.items() if metric in set(table["metric"])}
+    if not panels:
+        raise MechguardError(
+            f"behaviour found none of the metrics {', '.join(PANELS)}; evaluate some prompts"
+        )
     figure = facets(
         list(panels.values()),
         columns=len(panels),
