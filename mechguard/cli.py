@@ -12,18 +12,35 @@ from typing import Annotated, Any
 
 import typer
 
+from mechguard import __version__
 from mechguard.errors import MechguardError
 
 app = typer.Typer(
-    help="See where a vision-language model loses the safety of its language model, and give it back.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 Model = Annotated[str, typer.Argument(help="organism, a Hugging Face name, or a folder")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="no progress bars", callback=lambda quiet: _hush(quiet))
+]
 Data = Annotated[Path | None, typer.Option(help="folder of prompt sets; MECHGUARD_DATA by default")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """See where a vision-language model loses the safety of its language model, and give it back."""
 
 
 @app.command()
@@ -177,6 +194,15 @@ def main() -> None:
     except MechguardError as error:
         typer.echo(f"mechguard: {error}", err=True)
         sys.exit(2)
+
+
+def _hush(quiet: bool) -> bool:
+    """Also keep transformers from drawing the bar of loading weights."""
+    if quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    return quiet
 
 
 def _command() -> str:

@@ -122,10 +122,11 @@ class Study:
         """On validation with the first image condition (to choose layers), and on test with all."""
 
         def measure() -> Result:
+            seed = self.settings.seed
             chosen_on = self.states("validation", "vlm", self.conditions[-1])
-            result = measure_separability(chosen_on, self.ssd, split="validation")
+            result = measure_separability(chosen_on, self.ssd, seed=seed, split="validation")
             for activations in self.test_states():
-                result = result + measure_separability(activations, self.ssd, split="test")
+                result = result + measure_separability(activations, self.ssd, seed=seed, split="test")
             return result
 
         return self._kept(Result, "results/separability", measure)
@@ -135,7 +136,8 @@ class Study:
 
         def measure() -> Result:
             text, *others = self.test_states()
-            results = [measure_modality_gap(text, other, directions=self.ssd) for other in others]
+            seed = self.settings.seed
+            results = [measure_modality_gap(text, other, directions=self.ssd, seed=seed) for other in others]
             return sum(results[1:], results[0])
 
         return self._kept(Result, "results/modality_gap", measure)
@@ -185,8 +187,10 @@ class Study:
         def measure() -> Result:
             guard = self.guard()
             alone = projection(self.ssd.truncated(guard.rank), layers=guard.layers)
-            count = self.settings.random_subspaces
-            controls = [guard.randomised(seed, name=f"random {seed + 1}") for seed in range(count)]
+            controls = [
+                guard.randomised(self.settings.seed + number, name=f"random {number + 1}")
+                for number in range(self.settings.random_subspaces)
+            ]
             for saved in (alone, *controls):
                 saved.save(self.out / "guards" / saved.name.replace(" ", "_"))
             return evaluate(
@@ -285,9 +289,8 @@ def run_study(
         MechguardError: the model or the prompts cannot be read (nothing is written then), or the folder
             holds a study with other settings.
     """
+    _check_settings(max_rank=max_rank, max_new_tokens=max_new_tokens, limit=limit)
     vlm = model if isinstance(model, VLM) else load(model, processor=processor)
-    if limit is not None and limit < 4:
-        raise MechguardError(f"limit={limit} leaves too few prompts to split; use 4 or more")
     prompts = load_study_prompts(_data_folder(vlm, data), limit)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
@@ -295,6 +298,14 @@ def run_study(
     _claim(folder, vlm, prompts, settings)
     study = Study(vlm, prompts, settings, folder, progress)
     return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
+
+
+def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) -> None:
+    least = {"max_rank": 1, "max_new_tokens": 1, "limit": 4}
+    given = {"max_rank": max_rank, "max_new_tokens": max_new_tokens, "limit": limit}
+    for name, value in given.items():
+        if value is not None and value < least[name]:
+            raise MechguardError(f"{name}={value} is too small for a study; use {least[name]} or more")
 
 
 def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:

@@ -156,6 +156,8 @@ def respond(
     Raises:
         MechguardError: no prompts, a guard for another model, pictures for a text-only model.
     """
+    if max_new_tokens < 1:
+        raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
     streams = guard is not None and guard.source == "llm-stream"
     if streams and teacher is not None and teacher is not model.llm:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import test_datasets
 import tiny
 import torch
 
@@ -77,6 +78,15 @@ def test_a_study_goes_on_where_it_was_interrupted(study, llava_folder, data):
     pd.testing.assert_frame_equal(pd.read_csv(study / "results" / "behaviour.csv"), before)
     assert (study / "results" / "separability.csv").stat().st_mtime_ns == kept
     assert (study / "report.html").is_file()
+
+
+@test_datasets.needs_public_data
+def test_a_folder_of_public_benchmarks_serves_as_it_is(llava_folder, tmp_path):
+    settings = ("--limit", 4, "--max-new-tokens", 2, "--max-rank", 1, "--quiet")
+    done = run("study", llava_folder, "--data", test_datasets.PUBLIC, "--out", tmp_path / "out", *settings)
+    assert "Loading weights" not in done.stderr
+    prompts = json.loads((tmp_path / "out" / "study.json").read_text())["prompts"]
+    assert prompts == {"anchors": 8, "validation": 8, "malicious": 4, "benign": 4}
 
 
 def test_a_folder_with_another_study_is_refused(study, llava_folder, data):
@@ -170,6 +180,14 @@ def test_a_guard_for_another_model_is_refused_on_the_command_line(study, tmp_pat
     done = run("generate", other, "how to ?", "--guard", study / "guards" / "vlm_guard", check=False)
     assert done.returncode == 2
     assert "whose weights are not those of" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--max-rank", "--max-new-tokens", "--limit"])
+def test_a_setting_that_is_too_small_is_refused_before_anything_is_loaded(option, tmp_path):
+    done = run("study", "organism", "--out", tmp_path / "out", option, 0, check=False)
+    assert done.returncode == 2
+    assert "is too small for a study" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_option_is_exit_code_two():
