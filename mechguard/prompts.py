@@ -256,6 +256,17 @@ class Prompts(Sequence[Prompt]):
         return Prompts(map(change, self), name=self.name)
 
 
+def as_prompts(prompts: Prompts | Prompt | str | Iterable[Prompt | str]) -> Prompts:
+    """Prompts from whatever a user has at hand: one text, one prompt, or several of either."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    several = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    return Prompts(
+        prompt if isinstance(prompt, Prompt) else Prompt(id=str(index), text=prompt)
+        for index, prompt in enumerate(several)
+    )
+
+
 def _group(prompt: Prompt) -> str:
     return f"pair {prompt.pair}" if prompt.pair is not None else f"row {prompt.id}"
 

@@ -277,7 +277,7 @@ def run_study(
         model: whatever `load` takes, or a loaded VLM.
         out: the study's folder; a study that was interrupted there goes on.
         data: a folder with the sets anchors, validation, malicious and benign, as files of those names or
-            as public benchmarks; by default the organism's own, or MECHGUARD_DATA.
+            as public benchmarks; by default the organism's own, for other models MECHGUARD_DATA.
         max_rank: the most safety steering directions per layer that are tried.
         limit: at most so many prompts (pairs, for paired sets) of each set; all by default.
         command: what the report should print as the way to reproduce it.
@@ -331,11 +331,12 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
 
 
 def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
-    folder = data or os.environ.get("MECHGUARD_DATA")
-    if folder is not None:
-        return Path(folder)
+    if data is not None:
+        return Path(data)
     if vlm.name.split(":")[0] == "organism":
         return packaged_folder("organism")
+    if "MECHGUARD_DATA" in os.environ:
+        return Path(os.environ["MECHGUARD_DATA"])
     raise MechguardError(
         f"a study of {vlm.name} needs prompts; give --data FOLDER with anchors, validation, malicious and "
         "benign (files of those names, or the public benchmarks), or set MECHGUARD_DATA"

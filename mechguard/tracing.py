@@ -22,13 +22,14 @@ from mechguard.activations import Activations
 from mechguard.errors import MechguardError
 from mechguard.guards import Guard
 from mechguard.models import VLM
-from mechguard.prompts import Prompt, Prompts
+from mechguard.prompts import Prompt, Prompts, as_prompts
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
 # models are bound by the cost of a step, large ones by memory.
 AUTO_BATCH_NUMBERS = 65536
 AUTO_BATCH_LIMITS = (16, 256)
 BatchSize = int | Literal["auto"]
+AnyPrompts = Prompts | Prompt | str | Sequence[Prompt | str]
 States = dict[int, Float[Tensor, "batch d_model"]]
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ class Response:
 
 def collect(
     model: VLM,
-    prompts: Prompts,
+    prompts: AnyPrompts,
     *,
     layers: Sequence[int] | Literal["all"] = "all",
     position: int | Literal["last"] = "last",
@@ -64,6 +65,7 @@ def collect(
 
     Args:
         model: a VLM, or its `.llm`, which reads the text only.
+        prompts: Prompts, or one or several texts.
         layers: decoder layers, negative from the end; "all" by default.
         position: "last", or a negative index from the end of the prompt.
         guard: acts in the same pass, at the prompt; states are read after it.
@@ -107,7 +109,7 @@ def collect(
 
 def generate(
     model: VLM,
-    prompts: Prompts,
+    prompts: AnyPrompts,
     *,
     guard: Guard | None = None,
     teacher: VLM | None = None,
@@ -135,7 +137,7 @@ def generate(
 
 def respond(
     model: VLM,
-    prompts: Prompts,
+    prompts: AnyPrompts,
     *,
     guard: Guard | None = None,
     teacher: VLM | None = None,
@@ -220,7 +222,8 @@ class _Steering:
         return own[:, -1:] if self.guard.source == "last" else own
 
 
-def _ready(model: VLM, prompts: Prompts, guard: Guard | None) -> Prompts:
+def _ready(model: VLM, given: AnyPrompts, guard: Guard | None) -> Prompts:
+    prompts = as_prompts(given)
     if len(prompts) == 0:
         raise MechguardError(f"there are no prompts in {prompts.name!r}")
     if guard is not None:

@@ -7,8 +7,7 @@ import pytest
 
 import mechguard as mg
 
-BESIDE = Path(__file__).parents[2] / "shared" / "data"
-PUBLIC = Path(os.environ.get("MECHGUARD_DATA", BESIDE))
+PUBLIC = Path(os.environ.get("MECHGUARD_DATA", "no public data here"))
 needs_public_data = pytest.mark.skipif(
     not (PUBLIC / "malicious_instruct").is_dir(), reason="no public data; set MECHGUARD_DATA"
 )

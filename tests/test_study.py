@@ -12,6 +12,8 @@ import tiny
 import torch
 
 import mechguard as mg
+from mechguard.datasets import packaged_folder
+from mechguard.study import _data_folder
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -180,6 +182,18 @@ def test_a_guard_for_another_model_is_refused_on_the_command_line(study, tmp_pat
     done = run("generate", other, "how to ?", "--guard", study / "guards" / "vlm_guard", check=False)
     assert done.returncode == 2
     assert "whose weights are not those of" in done.stderr
+
+
+def test_the_organism_is_studied_on_its_own_prompts_whatever_the_environment_says(
+    monkeypatch, data, organism
+):
+    monkeypatch.setenv("MECHGUARD_DATA", str(data))
+    assert _data_folder(organism, None) == packaged_folder("organism")
+    assert _data_folder(organism, data) == data
+    monkeypatch.delenv("MECHGUARD_DATA")
+    other = mg.load(tiny.llava(), processor=tiny.processor())
+    with pytest.raises(ValueError, match="needs prompts; give --data FOLDER"):
+        _data_folder(other, None)
 
 
 @pytest.mark.parametrize("option", ["--max-rank", "--max-new-tokens", "--limit"])

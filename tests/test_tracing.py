@@ -123,6 +123,13 @@ def test_what_cannot_be_collected_is_refused(vlm, prompts, options, message):
         quiet(vlm, prompts[:2], **options)
 
 
+def test_plain_texts_serve_as_prompts(vlm, prompts):
+    texts = [prompt.text for prompt in prompts[:3]]
+    assert torch.equal(quiet(vlm, texts).data, quiet(vlm, prompts[:3]).data)
+    one, same = (mg.generate(vlm, given, max_new_tokens=4, progress=False) for given in (texts[0], texts[:1]))
+    assert one == same
+
+
 def test_no_prompts_are_refused(vlm):
     with pytest.raises(ValueError, match="there are no prompts"):
         quiet(vlm, mg.Prompts([]))
