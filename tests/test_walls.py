@@ -2,8 +2,10 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,18 @@ def test_only_circuits_knows_transformer_lens():
 def test_plots_and_statistics_import_neither_torch_nor_a_model():
     for package in ("torch", "transformers"):
         assert importers_of(package).isdisjoint({"plots", "statistics", "report", "result", "summary"})
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+OPTIONAL = {"kaleido"}  # looked for, and done without where it is missing
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    found = {name.split(".")[0] for path in files() for name in imports(path)}
+    found -= {"mechguard", *sys.stdlib_module_names, *OPTIONAL}
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert {DISTRIBUTIONS.get(name, name) for name in found} == declared - {"accelerate"}
 
 
 def test_nothing_is_pickled_and_nothing_installs_packages():
