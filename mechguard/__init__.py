@@ -8,7 +8,12 @@ Names are imported when they are first used, so that `import mechguard` loads ne
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before torch starts its threads: threads that spin for long while they wait make small models many times
+# slower whenever another program uses a core. A short spin costs nothing when the cores are free.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,6 @@ Results go to stdout or the named file, progress to stderr. A user's mistake is 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,8 +186,6 @@ def report(
 
 def main() -> None:
     """Run the command line: one sentence and exit code 2 for a user's mistake."""
-    # Threads that spin for long while they wait make small models crawl on shared cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except MechguardError as error:
