@@ -247,8 +247,8 @@ def vlm_guard(
         alpha: strength of the realignment.
         project: remove the VLM's own component along the SSD first (equation 3).
         gate: see `Guard`; rows whose gate is closed are left alone.
-        source: see `Guard`; "last" is reading A, "llm" and "llm-stream" are reading B. On the organism's
-            validation prompts only the stream brought refusals back as whole sentences.
+        source: see `Guard`; "last" is reading A, "llm" and "llm-stream" are reading B. In the
+            organism's validation sweep the stream gave the most complete refusals.
         scope: the last position at the prompt and every generated token, by default.
 
     Raises:
