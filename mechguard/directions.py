@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError
+from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
 from mechguard.storage import load_tensors, save_tensors
 
@@ -39,7 +40,8 @@ class Directions:
         method: how it was fitted.
         midpoints: [layer, d_model], halfway between the harmful and the harmless mean, where a centred
             gate has its threshold; None if unknown.
-        about: what it was fitted on.
+        about: what it was fitted on; `fitted_texts` are short hashes of the prompts, by which a test on
+            the same prompts is noticed.
     """
 
     data: Float[Tensor, "layer rank d_model"]
@@ -115,6 +117,7 @@ class Directions:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.data.shape, generator=generator)
         about = {**self.about, "fitted_on": f"random, seed {seed}"}
+        about.pop(FITTED, None)
         return Directions(_orthonormal(drawn), self.layers, "random", self.midpoints, about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -174,6 +177,8 @@ def fit_directions(activations: Activations, *, method: Method = "svd", rank: in
     midpoints = (harmful.mean(1) + harmless.mean(1)) / 2
     gap = harmful.mean(1) - harmless.mean(1)
     about = {**activations.about, "fitted_on": activations.name, "n": harmful.shape[1]}
+    if marks := mark_texts(activations.prompts):  # states from elsewhere have no texts
+        about[FITTED] = marks
     return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
 
 

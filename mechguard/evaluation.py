@@ -17,6 +17,7 @@ from mechguard.errors import MechguardError
 from mechguard.guards import Guard
 from mechguard.judges import RefusalJudge, find_judge
 from mechguard.models import VLM
+from mechguard.overlaps import warn_of_fitted
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import wilson_interval
@@ -55,7 +56,8 @@ def evaluate(
     """Rates of refusal and compliance for every condition and guard, on the same prompts.
 
     Args:
-        guards: None stands for the unguarded model.
+        guards: None stands for the unguarded model. An `OverlapWarning` says so where one was fitted on
+            some of the prompts.
         judge: "refusal" (the model's own grammar if it has one, else published keywords), "keywords",
             or a `RefusalJudge`.
         conditions: image conditions (see `Prompts.with_image`); by default text, blank, and each
@@ -68,6 +70,7 @@ def evaluate(
         `attack_success` (complied), `keyword_refusal`, `complete_refusal`; harmless ones
         `benign_compliance`, `benign_keyword_refusal`, `benign_complete_refusal`.
     """
+    warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     table = gather_responses(
         model,
         prompts,

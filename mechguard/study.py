@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,8 +27,10 @@ from mechguard.errors import MechguardError
 from mechguard.evaluation import default_conditions, evaluate
 from mechguard.gap import measure_modality_gap
 from mechguard.guards import Guard, measure_gates, projection
+from mechguard.loading import load
 from mechguard.maps import map_states
-from mechguard.models import VLM, load
+from mechguard.models import VLM
+from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.result import Result
@@ -53,6 +56,15 @@ class StudyPrompts:
     @property
     def test(self) -> Prompts:
         return (self.malicious + self.benign).renamed("test")
+
+    @property
+    def kept_apart(self) -> list[tuple[Prompts, Prompts]]:
+        """The sets that must share no prompt: fitted on, chosen on, reported on."""
+        return [
+            (self.anchors, self.validation),
+            (self.anchors, self.test),
+            (self.validation, self.test),
+        ]
 
 
 @dataclass(frozen=True)
@@ -288,6 +300,9 @@ def run_study(
     Raises:
         MechguardError: the model or the prompts cannot be read (nothing is written then), or the folder
             holds a study with other settings.
+
+    Warns:
+        OverlapWarning: what is fitted or chosen on is also tested on.
     """
     _check_settings(max_rank=max_rank, max_new_tokens=max_new_tokens, limit=limit)
     vlm = model if isinstance(model, VLM) else load(model, processor=processor)
@@ -296,8 +311,11 @@ def run_study(
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
     _claim(folder, vlm, prompts, settings)
+    warn_of_shared(prompts.kept_apart)
     study = Study(vlm, prompts, settings, folder, progress)
-    return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
+        return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
 
 
 def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) -> None:
