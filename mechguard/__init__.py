@@ -19,9 +19,12 @@ __version__ = "0.1.0"
 
 # public name -> the module that holds it
 _HOMES = {
-    "load": "models",
+    "load": "loading",
     "VLM": "models",
     "load_prompts": "datasets",
+    "load_templates": "datasets",
+    "list_benchmarks": "datasets",
+    "find_overlaps": "overlaps",
     "Prompt": "prompts",
     "Prompts": "prompts",
     "collect": "tracing",
@@ -41,6 +44,7 @@ _HOMES = {
     "Scope": "guards",
     "measure_gates": "guards",
     "evaluate": "evaluation",
+    "diagnose": "doctor",
     "RefusalJudge": "judges",
     "sweep": "sweeps",
     "choose": "sweeps",
@@ -49,20 +53,23 @@ _HOMES = {
     "run_study": "study",
     "MechguardError": "errors",
 }
-_ROOMS = ("plots", "organism")
+_ROOMS = ("plots", "organism", "datasets")
 __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:
     from mechguard.activations import Activations
-    from mechguard.datasets import load_prompts
+    from mechguard.datasets import list_benchmarks, load_prompts, load_templates
     from mechguard.directions import Directions, fit_directions
+    from mechguard.doctor import diagnose
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
     from mechguard.gap import measure_modality_gap
     from mechguard.guards import Guard, Scope, measure_gates, projection, vlm_guard
     from mechguard.judges import RefusalJudge
+    from mechguard.loading import load
     from mechguard.maps import map_states
-    from mechguard.models import VLM, load
+    from mechguard.models import VLM
+    from mechguard.overlaps import find_overlaps
     from mechguard.prompts import Prompt, Prompts
     from mechguard.report import write_report
     from mechguard.result import Result

@@ -5,6 +5,7 @@ Results go to stdout or the named file, progress to stderr. A user's mistake is 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +139,46 @@ def fit(
 
 
 @app.command()
+def doctor(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whether mechguard reads this model right, measured on it. Exit code 1 if a check fails.
+
+    mechguard doctor organism
+    """
+    import mechguard as mg
+    from mechguard.doctor import is_healthy
+
+    vlm = mg.load(model)
+    diagnosis = mg.diagnose(vlm, progress=not quiet)
+    if as_json:
+        rows = json.loads(diagnosis.table.to_json(orient="records"))
+        typer.echo(json.dumps({"about": diagnosis.about, "checks": rows}, indent=1))
+    else:
+        shown = diagnosis.table.copy()
+        shown["difference"] = [f"{value:.2g}" for value in shown["difference"]]
+        _print_table(shown[["check", "verdict", "difference", "tolerance", "unit", "note"]], repr(vlm))
+    raise typer.Exit(0 if is_healthy(diagnosis) else 1)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
+    """The families of models that were tried, and what of them works.
+
+    Every cell was filled by running a tiny model of that family.
+    """
+    from mechguard.families import tested_families
+
+    table = tested_families()
+    if as_json:
+        typer.echo(table.to_json(orient="records", indent=1))
+    else:
+        _print_table(table, "families tried at toy size, from their real classes")
+
+
+@app.command()
 def evaluate(
     model: Model,
     prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
@@ -184,6 +225,30 @@ def report(
     typer.echo(str(write_report(folder)))
 
 
+@app.command("data")
+def list_data(
+    data: Data = None,
+    overlaps: Annotated[
+        bool, typer.Option("--overlaps", help="how many prompts the sets found share with each other")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """The public benchmarks that can be loaded: names, counts, licences, and where to get them.
+
+    mechguard data --data DIR --overlaps
+    """
+    from mechguard.datasets import catalogue
+
+    if catalogue.data_folder(data) is None:
+        typer.echo("no data folder was given: use --data DIR, or set MECHGUARD_DATA", err=True)
+    table = catalogue.measure_overlaps(data) if overlaps else catalogue.list_benchmarks(data)
+    if as_json:
+        rows = json.loads(table.to_json(orient="index" if overlaps else "records"))
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        typer.echo((catalogue.format_overlaps if overlaps else catalogue.format_benchmarks)(table))
+
+
 def main() -> None:
     """Run the command line: one sentence and exit code 2 for a user's mistake."""
     try:
@@ -225,6 +290,17 @@ def _print_headline(folder: Path) -> None:
     for (condition, guard), row in wide.iterrows():
         table.add_row(condition, guard, *(row[metric] for metric in metrics))
     Console(width=max(Console().width, 110)).print(table)
+
+
+def _print_table(frame: Any, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*map(str, frame.columns), title=title)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def _counts(rows: Any) -> str:

@@ -30,7 +30,7 @@ from mechguard.storage import load_tensors, save_tensors
 KIND = "guard"
 Gate = Literal["always", "sign", "midpoint"]
 Source = Literal["own", "last", "llm", "llm-stream"]
-Positions = Literal["last", "all", "image", "text"]
+Positions = Literal["last", "last_text", "all", "image", "text"]
 Phase = Literal["prompt", "generated", "both"]
 
 
@@ -39,7 +39,8 @@ class Scope:
     """Where and when a guard acts.
 
     Attributes:
-        positions: which positions of the prompt: the last, all, those of the image, those of the text.
+        positions: which positions of the prompt: the last, the last of the prompt's own text, all, those of
+            the image, those of the text.
         phase: at the prompt, at every generated token, or both.
     """
 

@@ -22,6 +22,7 @@ from mechguard.activations import Activations
 from mechguard.errors import MechguardError
 from mechguard.guards import Guard
 from mechguard.models import VLM
+from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
 from mechguard.prompts import Prompt, Prompts, as_prompts
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
@@ -41,11 +42,13 @@ class Response:
     Attributes:
         text: the generated text, without special tokens.
         tokens: how many tokens were generated.
+        ids: the generated token ids, up to and with the end of the sequence.
         gates: for each layer of the guard, whether this row's gate was open.
     """
 
     text: str
     tokens: int
+    ids: tuple[int, ...] = ()
     gates: dict[int, bool] = field(default_factory=dict)
 
 
@@ -54,7 +57,7 @@ def collect(
     prompts: AnyPrompts,
     *,
     layers: Sequence[int] | Literal["all"] = "all",
-    position: int | Literal["last"] = "last",
+    position: Position = "last",
     guard: Guard | None = None,
     teacher: VLM | None = None,
     batch_size: BatchSize = "auto",
@@ -63,11 +66,15 @@ def collect(
 ) -> Activations:
     """Read the hidden state after every decoder layer at one position of every prompt.
 
+    A layer that is skipped on text alone (the cross-attention layers of Mllama) gives the state before it.
+
     Args:
         model: a VLM, or its `.llm`, which reads the text only.
         prompts: Prompts, or one or several texts.
         layers: decoder layers, negative from the end; "all" by default.
-        position: "last", or a negative index from the end of the prompt.
+        position: "last", "last_text", an index, or a function of a prompt's tokens (see
+            `positions.mask_positions`); where that means several positions ("image", "text", "all", a
+            list), their mean.
         guard: acts in the same pass, at the prompt; states are read after it.
         teacher: who supervises the guard; the model's own LLM component by default.
         batch_size: "auto" halves on out-of-memory.
@@ -81,13 +88,12 @@ def collect(
     """
     sent = _ready(model, prompts, guard)
     chosen = _layer_numbers(model, layers)
-    offset = _offset(position)
     teacher = teacher or model.llm
     data = torch.empty(len(chosen), len(sent), model.d_model)
 
     def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
         batch = [sent[row] for row in rows]
-        return _trace_states(model, batch, chosen, offset, guard, teacher)
+        return _trace_states(model, batch, chosen, position, guard, teacher)
 
     label = f"collect {model.view} {sent.condition}"
     for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
@@ -97,7 +103,7 @@ def collect(
         "fingerprint": model.fingerprint,
         "view": model.view,
         "condition": sent.condition,
-        "position": position,
+        "position": name_of(position),
         "guard": "none" if guard is None else guard.name,
         "prompts": sent.fingerprint,
     }
@@ -248,15 +254,6 @@ def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[i
     return sorted(set(chosen))
 
 
-def _offset(position: int | Literal["last"]) -> int:
-    offset = -1 if position == "last" else position
-    if not isinstance(offset, int) or offset >= 0:
-        raise MechguardError(
-            f'position {position!r} is not known; use "last" or a negative index from the end'
-        )
-    return offset
-
-
 def _in_batches(
     work: Callable[[list[int]], T],
     prompts: Prompts,
@@ -265,28 +262,33 @@ def _in_batches(
     label: str,
     progress: bool,
 ) -> Iterator[tuple[list[int], T]]:
-    """Run `work` over rows sorted by length, halving the batch when memory runs out."""
-    order = sorted(
-        range(len(prompts)), key=lambda row: (prompts[row].image is not None, len(prompts[row].text))
-    )
+    """Run `work` over rows sorted by length, halving the batch when memory runs out.
+
+    Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
+    other layers where there is none.
+    """
     size = _auto_batch_size(width) if batch_size == "auto" else batch_size
     if size < 1:
         raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    size, start = math.ceil(len(order) / math.ceil(len(order) / size)), 0  # batches of equal size
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    counts = [len(prompt.images) for prompt in prompts]
+    groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
     with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
-        while start < len(order):
-            rows = order[start : start + size]
-            try:
-                result = work(rows)
-            except torch.OutOfMemoryError:
-                if batch_size != "auto" or size == 1:
-                    raise
-                size //= 2
-                warnings.warn(f"out of memory: batches of {size} from here on", stacklevel=3)
-                continue
-            yield rows, result
-            bar.update(len(rows))
-            start += len(rows)
+        for group in groups:
+            start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
+            while start < len(group):
+                rows = group[start : start + limit]
+                try:
+                    result = work(rows)
+                except torch.OutOfMemoryError:
+                    if batch_size != "auto" or limit == 1:
+                        raise
+                    size = limit = limit // 2
+                    warnings.warn(f"out of memory: batches of {limit} from here on", stacklevel=3)
+                    continue
+                yield rows, result
+                bar.update(len(rows))
+                start += len(rows)
 
 
 def _auto_batch_size(width: int) -> int:
@@ -294,45 +296,37 @@ def _auto_batch_size(width: int) -> int:
     return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
 
 
-def _positions(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Position ids that start at 0 behind the left padding."""
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
 def _trace_states(
     model: VLM,
     batch: Sequence[Prompt],
     layers: list[int],
-    offset: int,
+    position: Position,
     guard: Guard | None,
     teacher: VLM,
 ) -> Float[Tensor, "layer batch d_model"]:
     """All wanted layers of one batch in one trace that stops behind the last of them."""
     steering, encoded = _begin(model, batch, guard, teacher)
-    count = len(batch)
-    if model.view == "llm":
-        encoded["position_ids"] = _positions(encoded["attention_mask"])
-    _check_length(encoded, offset)
+    mask = mask_positions(model, batch, encoded, position)[: len(batch)]
+    check_filled(mask, batch, position)
+    read = reader(mask)
+    encoded |= model.position_ids(encoded)
     wanted = set(layers)
+    runs = set(model.parts.running(with_picture=any(prompt.images for prompt in batch)))
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
     traced = model.traced
     with torch.no_grad(), traced.trace(**encoded, use_cache=False) as tracer:
         found = []
+        state: Tensor = torch.empty(0)
         for number, layer in walked:
-            if steering is not None and number in steering.guard.layers:
-                layer.output = steering(number, layer.output)
+            if number in runs:
+                if steering is not None and number in steering.guard.layers:
+                    layer.output = steering(number, layer.output)
+                state = layer.output
             if number in wanted:
-                # Cloned, for a view would keep the whole layer's output in memory.
-                found.append(layer.output[:count, offset].clone())
+                found.append(read(state).to("cpu", torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
     return states
-
-
-def _check_length(encoded: dict[str, Tensor], offset: int) -> None:
-    shortest = int(encoded["attention_mask"].sum(-1).min())
-    if -offset > shortest:
-        raise MechguardError(f"position {offset} lies before the start of a prompt of {shortest} tokens")
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
@@ -350,7 +344,8 @@ def _guarded_responses(
     if steering.streams:
         settings = {**settings, "logits_processor": [_same_tokens]}
     steps = slice(1) if guard.scope.phase == "prompt" else slice(None)
-    steered = [(number, model.traced_layers[number]) for number in guard.layers]
+    runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
+    steered = [(number, model.traced_layers[number]) for number in guard.layers if number in runs]
     traced = model.traced
     with torch.no_grad(), warnings.catch_warnings():
         # An answer that ends early is how an open loop over its tokens ends.
@@ -375,26 +370,24 @@ def _begin(
         return None, model.encode(batch)
     texts = list(Prompts(batch).with_image("none"))
     streams = guard.source == "llm-stream"
-    encoded = model.encode([*batch, *texts] if streams else batch)
+    rows = [*batch, *texts] if streams else list(batch)
+    encoded = model.encode(rows)
     states = None
     if guard.source == "llm":
-        found = _trace_states(teacher, texts, list(guard.layers), -1, None, teacher)
+        _check_teacher(teacher, model, guard)
+        found = _trace_states(teacher, texts, list(guard.layers), "last", None, teacher)
         states = dict(zip(guard.layers, found.to(model.device), strict=True))
-    where = _where(guard, encoded, model.parts.image_token_id)[: len(batch)]
+    where = mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)]
     return _Steering(guard, where, states), encoded
 
 
-def _where(guard: Guard, encoded: dict[str, Tensor], image_token: int | None) -> Bool[Tensor, "rows pos"]:
-    """The prompt positions on which the guard acts; never padding."""
-    present = encoded["attention_mask"].bool()
-    if guard.scope.positions == "last":
-        last = torch.zeros_like(present)
-        last[:, -1] = True
-        return last
-    if guard.scope.positions == "all":
-        return present
-    is_image = encoded["input_ids"] == (-1 if image_token is None else image_token)
-    return present & (is_image if guard.scope.positions == "image" else ~is_image)
+def _check_teacher(teacher: VLM, model: VLM, guard: Guard) -> None:
+    if teacher.d_model != model.d_model or teacher.n_layers <= max(guard.layers):
+        raise MechguardError(
+            f"the teacher {teacher.name} has {teacher.n_layers} layers of d_model {teacher.d_model}, but "
+            f"guard {guard.name!r} wants layers {list(guard.layers)} of d_model {model.d_model}; take an LLM "
+            "of the same architecture"
+        )
 
 
 def _same_tokens(
@@ -412,6 +405,11 @@ def _as_responses(
     lengths = (generated != pad).sum(-1).tolist()
     texts = model.decode(generated)
     return [
-        Response(text, length, {layer: bool(opened[row]) for layer, opened in gates.items()})
+        Response(
+            text,
+            length,
+            tuple(generated[row, :length].tolist()),
+            {layer: bool(opened[row]) for layer, opened in gates.items()},
+        )
         for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mechguard as mg
+from mechguard.families import tested_families
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -51,6 +52,12 @@ def test_the_readmes_numbers_are_those_of_the_demo():
         cells = [shown_rate(rows[rows["metric"] == metric].iloc[0]) for metric in metrics]
         assert f"| {' | '.join([condition, guard, *cells])} |" in shown
     assert set(table["n"]) == {150}
+
+
+def test_the_readmes_table_of_families_is_the_packaged_one():
+    shown = (ROOT / "README.md").read_text()
+    for row in tested_families().itertuples(index=False):
+        assert f"| {' | '.join(row)} |" in shown
 
 
 def shown_rate(row) -> str:
