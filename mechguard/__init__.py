@@ -41,6 +41,21 @@ _HOMES = {
     "vlm_guard": "guards",
     "projection": "guards",
     "Guard": "guards",
+    "ablation": "guards",
+    "activation_addition": "guards",
+    "adasteer": "guards",
+    "alpha_steer": "guards",
+    "astra": "guards",
+    "cast": "guards",
+    "cmrm": "guards",
+    "cmrm_sample": "guards",
+    "goal_priority": "guards",
+    "inferaligner": "guards",
+    "mars": "guards",
+    "self_reminder": "guards",
+    "shift_dc": "guards",
+    "tbop": "guards",
+    "Chain": "guards",
     "Scope": "guards",
     "measure_gates": "guards",
     "evaluate": "evaluation",
@@ -53,7 +68,7 @@ _HOMES = {
     "run_study": "study",
     "MechguardError": "errors",
 }
-_ROOMS = ("plots", "organism", "datasets")
+_ROOMS = ("plots", "organism", "datasets", "guards")
 __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:
@@ -64,7 +79,28 @@ if TYPE_CHECKING:
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
     from mechguard.gap import measure_modality_gap
-    from mechguard.guards import Guard, Scope, measure_gates, projection, vlm_guard
+    from mechguard.guards import (
+        Chain,
+        Guard,
+        Scope,
+        ablation,
+        activation_addition,
+        adasteer,
+        alpha_steer,
+        astra,
+        cast,
+        cmrm,
+        cmrm_sample,
+        goal_priority,
+        inferaligner,
+        mars,
+        measure_gates,
+        projection,
+        self_reminder,
+        shift_dc,
+        tbop,
+        vlm_guard,
+    )
     from mechguard.judges import RefusalJudge
     from mechguard.loading import load
     from mechguard.maps import map_states

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +179,7 @@ def _hooks_do_what_traces_do(model: VLM) -> Finding:
     findings = []
     for prompts in _views(model):
         traced = collect(model, prompts, guard=guard, batch_size=len(prompts), progress=False).data[-1]
-        with _hooked(model, guard):
+        with guard.attach(model):
             plain = _last_states(model, prompts)
         findings.append(_relative(model, traced, plain, "a guard at every layer, traced and hooked"))
     return _worst(findings)
@@ -288,28 +287,6 @@ def _states(model: VLM, encoded: dict[str, Tensor]) -> list[Tensor]:
 def _last_states(model: VLM, prompts: Prompts) -> Tensor:
     encoded = model.encode(list(prompts))
     return _states(model, {**encoded, **model.position_ids(encoded)})[-1][:, -1].float().cpu()
-
-
-@contextmanager
-def _hooked(model: VLM, guard: Guard) -> Iterator[None]:
-    """The guard as plain forward hooks: every position, no gate."""
-
-    def hook(layer: int) -> Callable[..., Any]:
-        def steer(_: Any, __: Any, output: Any) -> Any:
-            hidden = _tensor(output)
-            mask = torch.ones_like(hidden[..., 0], dtype=torch.bool)
-            changed = guard.steer(layer, hidden, hidden, mask)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return steer
-
-    layers = model.hf_model.get_submodule(model.parts.layers)
-    handles = [layers[layer].register_forward_hook(hook(layer)) for layer in guard.layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _with_other_picture(encoded: dict[str, Tensor]) -> dict[str, Tensor]:

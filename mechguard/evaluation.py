@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from mechguard.errors import MechguardError
-from mechguard.guards import Guard
+from mechguard.guards.steering import AnyGuard
 from mechguard.judges import RefusalJudge, find_judge
 from mechguard.models import VLM
 from mechguard.overlaps import warn_of_fitted
@@ -43,7 +43,7 @@ def evaluate(
     model: VLM,
     prompts: Prompts,
     *,
-    guards: Sequence[Guard | None] = (None,),
+    guards: Sequence[AnyGuard | None] = (None,),
     judge: str | RefusalJudge = "refusal",
     conditions: Sequence[str] | None = None,
     teacher: VLM | None = None,
@@ -99,7 +99,7 @@ def gather_responses(
     model: VLM,
     prompts: Prompts,
     *,
-    guards: Sequence[Guard | None] = (None,),
+    guards: Sequence[AnyGuard | None] = (None,),
     conditions: Sequence[str] | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
@@ -133,7 +133,7 @@ def gather_responses(
             "id": [prompt.id for prompt in everything],
             "label": everything.labels,
             "sent": rendered,
-            "response": [answer.text for answer in answers],
+            "response": [answer.text if guard is None else guard.counted(answer.text) for answer in answers],
             "tokens": [answer.tokens for answer in answers],
             "gates": [answer.gates for answer in answers],
         }

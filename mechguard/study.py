@@ -198,7 +198,7 @@ class Study:
 
         def measure() -> Result:
             guard = self.guard()
-            alone = projection(self.ssd.truncated(guard.rank), layers=guard.layers)
+            alone = projection(self.ssd.truncated(self._setting()["rank"]), layers=guard.layers)
             controls = [
                 guard.randomised(self.settings.seed + number, name=f"random {number + 1}")
                 for number in range(self.settings.random_subspaces)
@@ -243,7 +243,11 @@ class Study:
 
     def _describe(self, command: str, seconds: float) -> None:
         guard = self.guard()
-        chosen = {**choose(self.sweep()), "gate": guard.gate, "project": guard.project}
+        chosen = choose(self.sweep())
+        chosen |= {
+            "gate": "always" if guard.gate is None else guard.gate.word,
+            "project": VARIANTS[chosen["variant"]].project,
+        }
         facts = {
             "model": self.vlm.name,
             "family": self.vlm.family,

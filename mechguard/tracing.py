@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError
 from mechguard.guards import Guard
+from mechguard.guards.steering import AnyGuard, Steering
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
 from mechguard.prompts import Prompt, Prompts, as_prompts
@@ -29,9 +30,9 @@ from mechguard.prompts import Prompt, Prompts, as_prompts
 # models are bound by the cost of a step, large ones by memory.
 AUTO_BATCH_NUMBERS = 65536
 AUTO_BATCH_LIMITS = (16, 256)
+READING_TOKENS = 32  # for what the VLM reads off a picture
 BatchSize = int | Literal["auto"]
 AnyPrompts = Prompts | Prompt | str | Sequence[Prompt | str]
-States = dict[int, Float[Tensor, "batch d_model"]]
 T = TypeVar("T")
 
 
@@ -58,7 +59,7 @@ def collect(
     *,
     layers: Sequence[int] | Literal["all"] = "all",
     position: Position = "last",
-    guard: Guard | None = None,
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     batch_size: BatchSize = "auto",
     out: str | os.PathLike[str] | None = None,
@@ -93,7 +94,7 @@ def collect(
 
     def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
         batch = [sent[row] for row in rows]
-        return _trace_states(model, batch, chosen, position, guard, teacher)
+        return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
 
     label = f"collect {model.view} {sent.condition}"
     for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
@@ -117,7 +118,7 @@ def generate(
     model: VLM,
     prompts: AnyPrompts,
     *,
-    guard: Guard | None = None,
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -145,7 +146,7 @@ def respond(
     model: VLM,
     prompts: AnyPrompts,
     *,
-    guard: Guard | None = None,
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -167,19 +168,15 @@ def respond(
     if max_new_tokens < 1:
         raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
-    streams = guard is not None and guard.source == "llm-stream"
-    if streams and teacher is not None and teacher is not model.llm:
-        raise MechguardError(
-            'source="llm-stream" reads the model\'s own LLM in the same pass; use source="llm" with '
-            "another teacher"
-        )
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
+    parts = _steering_parts(guard)
+    _check_settings(parts, settings, teacher is None or teacher is model.llm)
 
     def work(rows: list[int]) -> list[Response]:
         batch = [sent[row] for row in rows]
-        if guard is None:
+        if not parts:
             return _plain_responses(model, batch, settings)
-        return _guarded_responses(model, batch, guard, teacher or model.llm, settings)
+        return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     found: dict[int, Response] = {}
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
@@ -188,53 +185,35 @@ def respond(
     return [found[row] for row in range(len(sent))]
 
 
-class _Steering:
-    """One guard over one batch: remembers the gates that were decided at the end of the prompt.
-
-    When the teacher streams, the batch holds 2B rows: B of the VLM, then the same B as text only.
-    """
-
-    def __init__(self, guard: Guard, where: Bool[Tensor, "batch pos"], teacher_states: States | None) -> None:
-        self.guard = guard.on(where.device)
-        self.where = where
-        self.teacher_states = teacher_states
-        self.streams = guard.source == "llm-stream"
-        self.gates: dict[int, Bool[Tensor, " batch"]] = {}
-
-    def __call__(
-        self, layer: int, hidden: Float[Tensor, "rows pos d_model"]
-    ) -> Float[Tensor, "rows pos d_model"]:
-        """The states after the guard; the first call of a layer is the prompt."""
-        count = len(self.where)
-        own, text = (hidden[:count], hidden[count:]) if self.streams else (hidden, hidden[:0])
-        query = self._query(layer, own, text)
-        if layer not in self.gates:
-            self.gates[layer] = self.guard.opens(layer, query[:, -1])
-            phase: Literal["prompt", "generated"] = "prompt"
-            where = self.where
-        else:
-            phase = "generated"
-            where = torch.ones_like(own[..., 0], dtype=torch.bool)
-        if not self.guard.acts(phase):
-            return hidden
-        mask = where & self.gates[layer].unsqueeze(1)
-        return torch.cat([self.guard.steer(layer, own, query, mask), text])
-
-    def _query(self, layer: int, own: Tensor, text: Tensor) -> Float[Tensor, "batch _ d_model"]:
-        if self.teacher_states is not None:
-            return self.teacher_states[layer].unsqueeze(1)
-        if self.streams:
-            return text[:, -1:]
-        return own[:, -1:] if self.guard.source == "last" else own
-
-
-def _ready(model: VLM, given: AnyPrompts, guard: Guard | None) -> Prompts:
+def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
     prompts = as_prompts(given)
     if len(prompts) == 0:
         raise MechguardError(f"there are no prompts in {prompts.name!r}")
     if guard is not None:
         guard.check(model)
+        prompts = guard.wrap(prompts)
     return model.prepare(prompts)
+
+
+def _steering_parts(guard: AnyGuard | None) -> tuple[Guard, ...]:
+    """The guards that act on states."""
+    return () if guard is None else tuple(part for part in guard.parts if part.move is not None)
+
+
+def _check_settings(guards: Sequence[Guard], settings: dict[str, Any], own_teacher: bool) -> None:
+    streams = any(guard.source == "llm-stream" for guard in guards)
+    if streams and not own_teacher:
+        raise MechguardError(
+            'source="llm-stream" reads the model\'s own LLM in the same pass; use source="llm" with '
+            "another teacher"
+        )
+    if guards and settings.get("num_beams", 1) > 1:
+        raise MechguardError("a traced guard cannot follow beams; use `with guard.attach(vlm): ...`")
+    if streams and settings["do_sample"]:
+        raise MechguardError(
+            'source="llm-stream" cannot follow sampled tokens in a trace; use `with guard.attach(vlm, '
+            'prompts): ...`, or source="llm"'
+        )
 
 
 def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[int]:
@@ -301,11 +280,11 @@ def _trace_states(
     batch: Sequence[Prompt],
     layers: list[int],
     position: Position,
-    guard: Guard | None,
+    guards: Sequence[Guard],
     teacher: VLM,
 ) -> Float[Tensor, "layer batch d_model"]:
     """All wanted layers of one batch in one trace that stops behind the last of them."""
-    steering, encoded = _begin(model, batch, guard, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher)
     mask = mask_positions(model, batch, encoded, position)[: len(batch)]
     check_filled(mask, batch, position)
     read = reader(mask)
@@ -319,7 +298,7 @@ def _trace_states(
         state: Tensor = torch.empty(0)
         for number, layer in walked:
             if number in runs:
-                if steering is not None and number in steering.guard.layers:
+                if steering is not None and number in steering.layers:
                     layer.output = steering(number, layer.output)
                 state = layer.output
             if number in wanted:
@@ -337,15 +316,16 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 
 
 def _guarded_responses(
-    model: VLM, batch: Sequence[Prompt], guard: Guard, teacher: VLM, settings: dict[str, Any]
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guard, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher)
     assert steering is not None
-    if steering.streams:
+    if steering.shared_pass:
         settings = {**settings, "logits_processor": [_same_tokens]}
-    steps = slice(1) if guard.scope.phase == "prompt" else slice(None)
+    only_prompt = all(guard.scope.phase == "prompt" for guard in guards)
+    steps = slice(1) if only_prompt else slice(None)
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
-    steered = [(number, model.traced_layers[number]) for number in guard.layers if number in runs]
+    steered = [(number, model.traced_layers[number]) for number in runs if number in steering.layers]
     traced = model.traced
     with torch.no_grad(), warnings.catch_warnings():
         # An answer that ends early is how an open loop over its tokens ends.
@@ -363,30 +343,50 @@ def _guarded_responses(
 
 
 def _begin(
-    model: VLM, batch: Sequence[Prompt], guard: Guard | None, teacher: VLM
-) -> tuple[_Steering | None, dict[str, Tensor]]:
-    """Encode a batch and, for a guard, bring in what supervises it."""
-    if guard is None:
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
+) -> tuple[Steering | None, dict[str, Tensor]]:
+    """Encode a batch and, for guards, bring in what supervises them."""
+    if not guards:
         return None, model.encode(batch)
-    texts = list(Prompts(batch).with_image("none"))
-    streams = guard.source == "llm-stream"
+    supervised = [guard for guard in guards if guard.supervised]
+    texts = _supervising_texts(model, batch, supervised) if supervised else []
+    streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
     encoded = model.encode(rows)
     states = None
-    if guard.source == "llm":
-        _check_teacher(teacher, model, guard)
-        found = _trace_states(teacher, texts, list(guard.layers), "last", None, teacher)
-        states = dict(zip(guard.layers, found.to(model.device), strict=True))
-    where = mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)]
-    return _Steering(guard, where, states), encoded
+    if supervised and not streams:
+        layers = sorted({layer for guard in supervised for layer in guard.layers})
+        _check_teacher(teacher, model, layers)
+        found = _trace_states(teacher, texts, layers, "last", (), teacher)
+        states = dict(zip(layers, found.to(model.device), strict=True))
+    where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
+    return Steering(guards, where, teacher_states=states, shared_pass=streams), encoded
 
 
-def _check_teacher(teacher: VLM, model: VLM, guard: Guard) -> None:
-    if teacher.d_model != model.d_model or teacher.n_layers <= max(guard.layers):
+def _supervising_texts(model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard]) -> list[Prompt]:
+    """What the language model reads: the text, behind what the VLM reads off the picture if asked to."""
+    questions = {guard.reads for guard in guards}
+    if len(questions) > 1:
+        raise MechguardError("guards that act together must supervise from the same text; `reads` differs")
+    question = questions.pop()
+    texts = list(Prompts(batch).with_image("none"))
+    if question is None:
+        return texts
+    pictured = [row for row, prompt in enumerate(batch) if prompt.images]
+    asked = [replace(batch[row], text=question) for row in pictured]
+    settings = {"do_sample": False, "max_new_tokens": READING_TOKENS}
+    read = _plain_responses(model, asked, settings) if asked else []
+    for row, answer in zip(pictured, read, strict=True):
+        texts[row] = replace(texts[row], text=f"{answer.text} {texts[row].text}")
+    return texts
+
+
+def _check_teacher(teacher: VLM, model: VLM, layers: list[int]) -> None:
+    if teacher.d_model != model.d_model or teacher.n_layers <= max(layers):
         raise MechguardError(
             f"the teacher {teacher.name} has {teacher.n_layers} layers of d_model {teacher.d_model}, but "
-            f"guard {guard.name!r} wants layers {list(guard.layers)} of d_model {model.d_model}; take an LLM "
-            "of the same architecture"
+            f"the guard wants layers {layers} of d_model {model.d_model}; take an LLM of the same "
+            "architecture"
         )
 
 
@@ -401,8 +401,7 @@ def _same_tokens(
 def _as_responses(
     model: VLM, generated: Int[Tensor, "batch pos"], gates: dict[int, Bool[Tensor, " batch"]]
 ) -> list[Response]:
-    pad = model.tokenizer.pad_token_id
-    lengths = (generated != pad).sum(-1).tolist()
+    lengths = _lengths(generated, model.hf_model.generation_config.eos_token_id)
     texts = model.decode(generated)
     return [
         Response(
@@ -413,3 +412,10 @@ def _as_responses(
         )
         for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
     ]
+
+
+def _lengths(generated: Int[Tensor, "batch pos"], ends: int | list[int] | None) -> list[int]:
+    """How many tokens each row wrote, up to and with the first that ends it."""
+    stops = torch.as_tensor([] if ends is None else ends, device=generated.device).flatten()
+    before = torch.isin(generated, stops).int().cumsum(-1) == 0
+    return (before.sum(-1) + 1).clamp_max(generated.shape[1]).tolist()

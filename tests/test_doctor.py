@@ -99,10 +99,10 @@ def test_a_guard_that_acts_when_it_should_not_is_found(own, monkeypatch):
 
 
 def test_a_guard_that_traces_apply_otherwise_than_hooks_is_found(own, monkeypatch):
-    from mechguard import tracing
+    from mechguard.guards.steering import Steering
 
-    plain = tracing._Steering.__call__
-    monkeypatch.setattr(tracing._Steering, "__call__", lambda *call: plain(*call) * 1.01)
+    plain = Steering.__call__
+    monkeypatch.setattr(Steering, "__call__", lambda *call: plain(*call) * 1.01)
     assert verdicts(own)["a guard by hooks = a guard by traces"] == "fail"
 
 

@@ -299,7 +299,5 @@ def test_a_teacher_of_another_shape_is_refused(vlm, prompts):
     ssd = mg.fit_directions(mg.collect(vlm.llm, prompts, progress=False))
     guard = mg.vlm_guard(ssd, layers=[2], source="llm")
     teacher = mg.load(tiny.llama(), processor=tiny.tokenizer())  # two layers
-    with pytest.raises(
-        ValueError, match=r"has 2 layers of d_model 32, but guard 'vlm_guard' wants layers \[2\]"
-    ):
+    with pytest.raises(ValueError, match=r"has 2 layers of d_model 32, but the guard wants layers \[2\]"):
         mg.generate(vlm, prompts[:2], guard=guard, teacher=teacher, progress=False)
