@@ -112,6 +112,37 @@ class Directions:
             raise MechguardError(f"rank {rank} was asked for; these directions have rank {self.rank}")
         return Directions(self.data[:, :rank], self.layers, self.method, self.midpoints, self.about)
 
+    def __or__(self, other: Directions) -> Directions:
+        """The span of both, layer by layer: the own directions first, then what the other adds."""
+        both = torch.cat([self.data, self._aligned(other)], dim=1)
+        return self._derived(_orthonormal(both), f"{self.name} | {other.name}")
+
+    def __sub__(self, other: Directions) -> Directions:
+        """The own directions without what lies in the span of the other.
+
+        Raises:
+            MechguardError: nothing is left.
+        """
+        basis = self._aligned(other)
+        inside = torch.einsum("lrd,lkd,lke->lre", self.data, basis, basis)
+        rest = self.data - inside
+        if (rest.norm(dim=-1) < 1e-4).any():
+            raise MechguardError(f"{self.name} lies in the span of {other.name}; nothing is left")
+        return self._derived(_orthonormal(rest), f"{self.name} - {other.name}")
+
+    def __neg__(self) -> Directions:
+        """The same subspaces, harmful negative."""
+        return self._derived(-self.data, f"-{self.name}")
+
+    def _aligned(self, other: Directions) -> Float[Tensor, "layer rank d_model"]:
+        if other.d_model != self.d_model:
+            raise MechguardError(f"directions of d_model {self.d_model} and {other.d_model} do not combine")
+        return torch.stack([other.at(layer) for layer in self.layers])
+
+    def _derived(self, data: Float[Tensor, "layer rank d_model"], method: str) -> Directions:
+        about = {key: value for key, value in self.about.items() if key != "fitted_on"}
+        return Directions(data, self.layers, method, self.midpoints, about)
+
     def randomised(self, seed: int = 0) -> Directions:
         """Random orthonormal subspaces of the same rank at the same layers: the control."""
         generator = torch.Generator().manual_seed(seed)

@@ -171,6 +171,13 @@ class VLM:
             return int(size[1]), int(size[0])
         return FALLBACK_PICTURE_SIZE
 
+    def save(self, folder: str | Path) -> Path:
+        """Write weights, processor and settings as a checkpoint that plain transformers loads."""
+        place = Path(folder)
+        self.hf_model.save_pretrained(place)
+        self.processor.save_pretrained(place)
+        return place
+
     def recognises(self, fingerprint: str) -> bool:
         """Whether states with this fingerprint come from this model, its LLM or its aligned LLM."""
         if fingerprint == self.fingerprint:

@@ -248,6 +248,25 @@ class Guard:
         """
         return cls._read(*load_tensors(path, KIND))
 
+    def bake(self, model: VLM) -> VLM:
+        """A copy of the model with this guard in its weights; see `baking.bake`."""
+        from mechguard.guards.baking import bake
+
+        return bake(self, model)
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Upload the guard to the Hugging Face hub; see `hub.push_guard`."""
+        from mechguard.guards.hub import push_guard
+
+        return push_guard(self, repo, **options)
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None) -> Guard:
+        """Download a guard from the Hugging Face hub."""
+        from mechguard.guards.hub import load_guard_from_hub
+
+        return load_guard_from_hub(repo, revision=revision)
+
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Guard:
         move, gate = facts["move"], facts["gate"]
