@@ -30,6 +30,7 @@ _HOMES = {
     "collect": "tracing",
     "generate": "tracing",
     "respond": "tracing",
+    "predict_next_tokens": "tracing",
     "Response": "tracing",
     "Activations": "activations",
     "fit_directions": "directions",
@@ -61,6 +62,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "diagnose": "doctor",
     "RefusalJudge": "judges",
+    "compare_guards": "comparison",
     "sweep": "sweeps",
     "choose": "sweeps",
     "Result": "result",
@@ -73,6 +75,7 @@ __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:
     from mechguard.activations import Activations
+    from mechguard.comparison import compare_guards
     from mechguard.datasets import list_benchmarks, load_prompts, load_templates
     from mechguard.directions import Directions, fit_directions
     from mechguard.doctor import diagnose
@@ -112,7 +115,7 @@ if TYPE_CHECKING:
     from mechguard.separability import measure_separability, select_layers
     from mechguard.study import run_study
     from mechguard.sweeps import choose, sweep
-    from mechguard.tracing import Response, collect, generate, respond
+    from mechguard.tracing import Response, collect, generate, predict_next_tokens, respond
 
 
 def __getattr__(name: str) -> Any:

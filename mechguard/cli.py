@@ -225,6 +225,40 @@ def report(
     typer.echo(str(write_report(folder)))
 
 
+@app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder for the table; an interrupted comparison goes on")],
+    data: Data = None,
+    method: Annotated[list[str] | None, typer.Option(help="one of them; may be given again")] = None,
+    limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 25,
+    seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """VLM-Guard and its neighbours on one table, each beside random directions and shuffled labels.
+
+    mechguard compare organism --out runs/defences
+    """
+    import mechguard as mg
+    from mechguard.study import find_jailbreaks, find_study_prompts
+
+    vlm = mg.load(model)
+    prompts, jailbreaks = find_study_prompts(vlm, data), find_jailbreaks(vlm, data)
+    tests = {"test": prompts.test, **({} if jailbreaks is None else {"jailbreak": jailbreaks})}
+    result = mg.compare_guards(
+        vlm,
+        anchors=prompts.anchors,
+        validation=prompts.validation,
+        tests=tests,
+        out=out,
+        methods=method,
+        limit=limit,
+        seed=seed,
+        progress=not quiet,
+    )
+    _print_rates(result.table, ["setting", "condition", "guard"])
+
+
 @app.command("data")
 def list_data(
     data: Data = None,
@@ -274,22 +308,25 @@ def _command() -> str:
 
 
 def _print_headline(folder: Path) -> None:
+    from mechguard.result import Result
+
+    _print_rates(Result.load(folder / "results" / "behaviour").table, ["condition", "guard"])
+
+
+def _print_rates(table: Any, index: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mechguard.result import Result
-
     metrics = ["attack_success", "complete_refusal", "benign_compliance"]
-    rows = Result.load(folder / "results" / "behaviour").where(metric=metrics).table
+    rows = table[table["metric"].isin(metrics)].copy()
     rows["shown"] = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples()]
-    wide = rows.pivot_table(
-        index=["condition", "guard"], columns="metric", values="shown", aggfunc="first", sort=False
-    )
+    wide = rows.pivot_table(index=index, columns="metric", values="shown", aggfunc="first", sort=False)
     title = f"test split, n = {_counts(rows)} per cell, 95% Wilson intervals"
-    table = Table("condition", "guard", *metrics, title=title)
-    for (condition, guard), row in wide.iterrows():
-        table.add_row(condition, guard, *(row[metric] for metric in metrics))
-    Console(width=max(Console().width, 110)).print(table)
+    shown = Table(*index, *metrics, title=title)
+    for names, row in wide.iterrows():
+        cells = [row.get(metric) for metric in metrics]
+        shown.add_row(*names, *(cell if isinstance(cell, str) else "" for cell in cells))
+    Console(width=max(Console().width, 110)).print(shown)
 
 
 def _print_table(frame: Any, title: str) -> None:

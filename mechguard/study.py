@@ -8,6 +8,7 @@ folder that was made with other settings is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
@@ -41,6 +42,7 @@ from mechguard.tracing import collect
 
 ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
+JAILBREAKS = ("jailbreak", "jailbreak_instructions")
 T = TypeVar("T", Activations, Directions, Guard, Result)
 
 
@@ -350,6 +352,25 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
             f"the set 'validation' holds only {labels.pop()} prompts; both labels are needed to choose on"
         )
     return StudyPrompts(**found)
+
+
+def find_study_prompts(
+    vlm: VLM, data: str | os.PathLike[str] | None = None, limit: int | None = None
+) -> StudyPrompts:
+    """The sets of a study: those of the folder, of MECHGUARD_DATA, or the organism's own.
+
+    Raises:
+        MechguardError: no folder, or a set is missing or not what its role wants.
+    """
+    return load_study_prompts(_data_folder(vlm, data), limit)
+
+
+def find_jailbreaks(vlm: VLM, data: str | os.PathLike[str] | None = None) -> Prompts | None:
+    """The jailbreak prompts beside the sets of a study, where there are some."""
+    for name in JAILBREAKS:
+        with contextlib.suppress(MechguardError):
+            return load_from_folder(name, _data_folder(vlm, data))
+    return None
 
 
 def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:

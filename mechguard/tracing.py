@@ -114,6 +114,32 @@ def collect(
     return activations
 
 
+def predict_next_tokens(
+    model: VLM,
+    prompts: AnyPrompts,
+    *,
+    guard: AnyGuard | None = None,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Float[Tensor, "prompt vocabulary"]:
+    """The log-probabilities of the first token of the answer to every prompt, float32, on the CPU.
+
+    See `collect` for the arguments.
+    """
+    sent = _ready(model, prompts, guard)
+    found: dict[int, Tensor] = {}
+
+    def work(rows: list[int]) -> Float[Tensor, "batch vocabulary"]:
+        batch = [sent[row] for row in rows]
+        return _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+
+    label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
+    for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
+        found.update(zip(rows, logits.log_softmax(-1), strict=True))
+    return torch.stack([found[row] for row in range(len(sent))])
+
+
 def generate(
     model: VLM,
     prompts: AnyPrompts,
@@ -306,6 +332,22 @@ def _trace_states(
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
     return states
+
+
+def _trace_logits(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
+) -> Float[Tensor, "batch vocabulary"]:
+    steering, encoded = _begin(model, batch, guards, teacher)
+    encoded |= model.position_ids(encoded)
+    runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
+    steered = [number for number in runs if steering is not None and number in steering.layers]
+    traced = model.traced
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False):
+        for number in steered:
+            layer = model.traced_layers[number]
+            layer.output = steering(number, layer.output)  # type: ignore[misc]
+        logits = traced.output.logits[: len(batch), -1].to("cpu", torch.float32).save()
+    return logits
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:

@@ -27,7 +27,7 @@ ROWS = [
     {"tracing"},
     {"evaluation", "report", "doctor"},
     {"sweeps"},
-    {"study"},
+    {"study", "comparison"},
     {"cli"},
     {"__main__"},
 ]
