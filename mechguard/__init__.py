@@ -63,6 +63,7 @@ _HOMES = {
     "diagnose": "doctor",
     "RefusalJudge": "judges",
     "compare_guards": "comparison",
+    "search_guards": "searches",
     "sweep": "sweeps",
     "choose": "sweeps",
     "Result": "result",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
     from mechguard.prompts import Prompt, Prompts
     from mechguard.report import write_report
     from mechguard.result import Result
+    from mechguard.searches import search_guards
     from mechguard.separability import measure_separability, select_layers
     from mechguard.study import run_study
     from mechguard.sweeps import choose, sweep

@@ -256,6 +256,7 @@ def compare(
         seed=seed,
         progress=not quiet,
     )
+    mg.plots.save(mg.plots.defences(result), out / "defences")
     _print_rates(result.table, ["setting", "condition", "guard"])
 
 

@@ -154,3 +154,29 @@ def test_the_first_tokens_are_those_of_the_plain_model(vlm, prompts):
     with torch.no_grad(), guard.attach(vlm, sent):
         hooked = vlm.hf_model(**vlm.encode(list(sent))).logits[:, -1].log_softmax(-1)
     assert torch.allclose(moved, hooked, atol=1e-4)
+
+
+def test_the_command_writes_the_table_and_the_figure(tmp_path):
+    from typer.testing import CliRunner
+
+    from mechguard.cli import app
+
+    folder = tiny.save_llava(tmp_path / "model")
+    data = tiny.write_study_data(tmp_path / "data")
+    words = [
+        "compare",
+        str(folder),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "2",
+        "-q",
+    ]
+    done = CliRunner().invoke(app, [*words, "--method", "cmrm_sample"])
+    assert done.exit_code == 0, done.output
+    assert "cmrm_sample" in done.stdout
+    table = mg.Result.load(tmp_path / "out" / "defences").table
+    assert set(table["guard"]) == {"none", "cmrm_sample"}
+    assert (tmp_path / "out" / "defences.html").is_file()

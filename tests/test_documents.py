@@ -34,6 +34,19 @@ def test_the_python_of_the_readme_runs(tmp_path):
     assert (tmp_path / "guards" / "organism.safetensors").is_file()
 
 
+def test_the_readmes_other_blocks_use_names_that_exist():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for name in re.findall(r"\bmg\.(\w+)", block):
+            assert hasattr(mg, name), name
+        for name in re.findall(r"\bvlm\.(\w+)", block):
+            assert hasattr(mg.VLM, name), name
+        for name in re.findall(r"\bguard\.(\w+)", block):
+            assert hasattr(mg.Guard, name), name
+
+
 def test_the_readme_names_every_module():
     tree = readme_block("text")
     package = ROOT / "mechguard"
