@@ -81,6 +81,7 @@ def test_tied_embeddings_are_untied_and_saved(tmp_path):
     baked = mg.ablation(direction, layer=0).bake(llm)
     loaded = mg.load(baked.save(tmp_path / "baked"))
     assert torch.equal(loaded.hf_model.lm_head.weight, head)
+    assert not loaded.hf_model.config.tie_word_embeddings
     assert (loaded.hf_model.get_input_embeddings().weight @ direction.at(0).T).abs().max() < 1e-5
 
 

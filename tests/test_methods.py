@@ -259,6 +259,28 @@ def test_a_pipeline_is_guarded_too(vlm, methods):
     assert asked
 
 
+def test_a_held_state_stays_held_beside_a_stream(vlm, text, methods, mixed):
+    ssd = mg.fit_directions(text)
+    idle = g.vlm_guard(ssd, layers=[2], alpha=0.0, project=False)  # streams, and does nothing
+    held, streamed = methods["vlm_guard llm"], methods["vlm_guard llm-stream"]
+    options = dict(max_new_tokens=NEW_TOKENS, progress=False)
+    ids = {
+        name: [answer.ids for answer in mg.respond(vlm, mixed, guard=guard, **options)]
+        for name, guard in {"held": held, "both": idle | held, "streamed": streamed}.items()
+    }
+    assert ids["both"] == ids["held"] != ids["streamed"]
+
+
+def test_a_cosine_gate_does_not_look_at_lengths():
+    v = torch.tensor([[1.0, 0.0]])
+    gate = g.Gate("cosine", v, torch.tensor([0.5]))
+    states = torch.tensor([[10.0, 100.0], [0.1, 0.01], [0.6, 0.8], [-1.0, 0.0]])
+    assert gate.opens(0, states).tolist() == [False, True, True, False]
+    assert g.Gate("sign", v, torch.zeros(1)).opens(0, states).tolist() == [True, True, True, False]
+    with pytest.raises(ValueError, match="gate='half' is not known"):
+        g.Gate("half", v, torch.zeros(1))
+
+
 # --------------------------------------------------------------------------------- formulas
 
 

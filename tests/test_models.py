@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import LlamaForCausalLM
 
 import mechguard as mg
 
@@ -23,6 +24,7 @@ def test_the_llm_component_shares_every_weight(vlm):
     assert not any(p.is_meta for p in vlm.llm.hf_model.parameters())
     assert vlm.llm.fingerprint == vlm.fingerprint
     assert vlm.llm.llm is vlm.llm
+    assert type(vlm.llm.hf_model) is LlamaForCausalLM
 
 
 def test_a_folder_on_disk_gives_the_same_states_as_the_model_in_memory(vlm, llava_folder, prompts):
