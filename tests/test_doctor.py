@@ -101,8 +101,11 @@ def test_a_guard_that_acts_when_it_should_not_is_found(own, monkeypatch):
 def test_a_guard_that_traces_apply_otherwise_than_hooks_is_found(own, monkeypatch):
     from mechguard.guards.steering import Steering
 
-    plain = Steering.__call__
-    monkeypatch.setattr(Steering, "__call__", lambda *call: plain(*call) * 1.01)
+    class Louder(Steering):
+        def __call__(self, layer, hidden):
+            return super().__call__(layer, hidden) * 1.01
+
+    monkeypatch.setattr("mechguard.guards.hooks.Steering", Louder)
     assert verdicts(own)["a guard by hooks = a guard by traces"] == "fail"
 
 

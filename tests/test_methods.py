@@ -236,10 +236,11 @@ def test_a_supervised_guard_asks_for_its_prompts(vlm, methods, anchors):
 
 def test_nothing_stays_attached_after_an_exception(vlm, methods, anchors):
     layers = vlm.hf_model.model.language_model.layers
+    own = [set(layer._forward_hooks) for layer in layers]  # transformers leaves some to read states with
     with pytest.raises(RuntimeError, match="mine"), methods["projection"].attach(vlm):
-        assert layers[0]._forward_hooks
+        assert set(layers[0]._forward_hooks) > own[0]
         raise RuntimeError("mine")
-    assert not any(layer._forward_hooks for layer in layers)
+    assert [set(layer._forward_hooks) for layer in layers] == own
     assert not vlm.hf_model._forward_pre_hooks
 
 
