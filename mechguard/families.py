@@ -25,6 +25,7 @@ LAYER_LISTS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "embedding_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "cross_attn", "linear_attn", "conv")
 MLPS = ("mlp", "feed_forward", "ffn")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 PROJECTORS = ("multi_modal_projector", "connector", "embed_tokens_extend")
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
 
@@ -119,6 +120,12 @@ class Parts:
         """The modules of one layer whose outputs attention and MLP add to the residual stream."""
         attention = self.family.attention_out or _first_of(ATTENTIONS, layer)
         return attention, self.family.mlp_out or _first_of(MLPS, layer)
+
+    def head_writer(self, layer: nn.Module) -> tuple[str | None, str | None]:
+        """The attention of one layer, and the map in it from all its heads to the residual stream."""
+        attention = _first_of(ATTENTIONS, layer)
+        inside = None if attention is None else _first_of(OUTPUT_PROJECTIONS, getattr(layer, attention))
+        return attention, None if inside is None else f"{attention}.{inside}"
 
 
 def read_parts(hf_model: Any) -> Parts:
