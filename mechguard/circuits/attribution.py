@@ -12,7 +12,7 @@ Mathematical Framework for Transformer Circuits".)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechguard.circuits.decisions import AnyPrompts, Decision, encode_to_decision
 from mechguard.circuits.passes import Place, States, count_heads, hooked, linear_matrix, module_of, run
 from mechguard.circuits.patterns import Watch, watched
 from mechguard.directions import Directions
@@ -31,7 +32,6 @@ from mechguard.result import Result
 NOWHERE = -1  # the layer of the embedding, and the head of what is no head
 TOLERANCE = 1e-4  # of the size of the state, in float32
 BATCH = 16
-AnyPrompts = Prompts | Prompt | str | Sequence[Prompt | str]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,13 @@ class Writer:
 
 
 def attribute(
-    model: VLM, prompts: AnyPrompts, directions: Directions, *, layer: int, batch_size: int = BATCH
+    model: VLM,
+    prompts: AnyPrompts,
+    directions: Directions,
+    *,
+    layer: int,
+    decision: Decision | None = None,
+    batch_size: int = BATCH,
 ) -> Result:
     """Split the projection of the last-token state of a layer among the parts that wrote it.
 
@@ -56,6 +62,7 @@ def attribute(
         model: a VLM, or its `.llm`, which reads the text only.
         directions: the first one of `layer` is meant.
         layer: whose state is split; negative from the end.
+        decision: split the state where the model decides instead: behind the prefix that its answers share.
 
     Returns:
         One row per prompt and part: `prompt` (its id), `component` ("embedding", "head", "mlp",
@@ -73,7 +80,7 @@ def attribute(
     for batch in batches(sent, batch_size):
         direction = directions.at(layer)[0].to(model.device)
         with torch.no_grad():
-            parts, _ = _split(model, batch, direction, layer)
+            parts, _ = _split(model, batch, encode_to_decision(model, batch, decision), direction, layer)
         for (component, number, head), values in parts:
             rows += [
                 {"prompt": prompt.id, "component": component, "layer": number, "head": head, "value": value}
@@ -103,9 +110,10 @@ def measure_attention(
     rows: list[dict[str, Any]] = []
     for batch in batches(sent, batch_size):
         direction = directions.at(layer)[0].to(model.device)
+        encoded = model.encode(batch)
         with torch.no_grad(), watched(model) as watch:
-            _, writers = _split(model, batch, direction, layer)
-        is_image = model.image_positions(model.encode(batch)).float()
+            _, writers = _split(model, batch, encoded, direction, layer)
+        is_image = model.image_positions(encoded).float()
         for number, (writer, heads) in writers.items():
             pattern, taken = _by_source(watch, number, writer, heads)
             inside = is_image.to(pattern).unsqueeze(1)
@@ -225,14 +233,14 @@ Writers = dict[int, tuple[Writer, Float[Tensor, "batch head d_head"]]]
 
 
 def _split(
-    model: VLM, batch: list[Prompt], direction: Tensor, last: int
+    model: VLM, batch: list[Prompt], encoded: dict[str, Tensor], direction: Tensor, last: int
 ) -> tuple[list[Part], Writers]:
     """The parts of the projection, and for every layer how its heads write and what they gave."""
     running = [n for n in model.parts.running(with_picture=bool(batch[0].images)) if n <= last]
     with_heads = [n for n in running if _separable(model, n)]
     places = [Place(site, n) for n in running for site in ("input", "attention", "mlp", "residual")]  # type: ignore[arg-type]
     with hooked(model, keep=[*places, *(Place("head", n) for n in with_heads)], read=_last) as states:
-        run(model, model.encode(batch))
+        run(model, encoded)
     direction = direction.float()
     parts: list[Part] = [(("embedding", NOWHERE, NOWHERE), _dot(states[Place("input", running[0])], direction))]
     writers: Writers = {}

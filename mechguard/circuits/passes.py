@@ -100,6 +100,20 @@ def count_heads(model: VLM) -> int:
     return int(model.hf_model.config.get_text_config().num_attention_heads)
 
 
+def linear_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix [width, out] and the bias [out] of a linear map, read off what it does, in float32."""
+    with torch.no_grad():
+        bias = module(like.new_zeros(1, width))
+        matrix = module(torch.eye(width, dtype=like.dtype, device=like.device)) - bias
+    return matrix.float(), bias[0].float()
+
+
+def head_slice(state: Tensor, head: int, model: VLM) -> slice:
+    """The entries of one head among those of all heads side by side."""
+    size = state.shape[-1] // count_heads(model)
+    return slice(head * size, (head + 1) * size)
+
+
 def _hook_output(module: nn.Module, place: Place, visit: Callable[[Place, Tensor], Tensor]) -> Any:
     def hook(_: Any, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -116,11 +130,3 @@ def _hook_input(module: nn.Module, place: Place, visit: Callable[[Place, Tensor]
         return given, {**named, "hidden_states": visit(place, named["hidden_states"])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def linear_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix [width, out] and the bias [out] of a linear map, read off what it does, in float32."""
-    with torch.no_grad():
-        bias = module(like.new_zeros(1, width))
-        matrix = module(torch.eye(width, dtype=like.dtype, device=like.device)) - bias
-    return matrix.float(), bias[0].float()

@@ -21,10 +21,10 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechguard.circuits.attribution import NOWHERE, AnyPrompts, layer_number
-from mechguard.circuits.decisions import Decision, encode_to_decision
+from mechguard.circuits.attribution import NOWHERE, layer_number
+from mechguard.circuits.decisions import AnyPrompts, Decision, encode_to_decision
 from mechguard.circuits.groups import GROUPS, Encoded, Groups, align, find_groups
-from mechguard.circuits.passes import Edit, Place, States, count_heads, hooked, run
+from mechguard.circuits.passes import Edit, Place, States, count_heads, head_slice, hooked, run
 from mechguard.circuits.patterns import watched
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
@@ -229,7 +229,7 @@ def patch_paths(
             run(model, pair.encoded)
         base = pairs.question.answer(torch.zeros(len(pair.known), 1, 1), own[pairs.question.place])[1]
         sent = own[sender].clone()
-        part = _head_slice(sent, head[1], model)
+        part = head_slice(sent, head[1], model)
         sent[..., part] = torch.where(pair.known.unsqueeze(-1), pair.states[sender][..., part], sent[..., part])
 
         def read(free: tuple[str, int, int] | None, *, everything: bool = False) -> Tensor:
@@ -321,7 +321,7 @@ class _Pairs:
 
     def batches(self, places: Sequence[Place]) -> Iterator[Pair]:
         decision = self.question.decision
-        for rows in _alike(self.source, self.target, self.batch_size):
+        for rows in alike(self.source, self.target, self.batch_size):
             targets = [self.target[row] for row in rows]
             encoded = encode_to_decision(self.model, targets, decision)
             given = encode_to_decision(self.model, [self.source[row] for row in rows], decision)
@@ -402,7 +402,7 @@ def _estimated(
         for index, (place, state) in enumerate(zip(places, wanted, strict=True))
     }
     for place, head, position, mask in _jobs(model, pair, places, positions):
-        parts = change[place] if head == NOWHERE else change[place][..., _head_slice(change[place], head, model)]
+        parts = change[place] if head == NOWHERE else change[place][..., head_slice(change[place], head, model)]
         yield (str(place.site), place.layer, head, position), (parts.sum(-1) * mask).sum(-1).cpu()
 
 
@@ -427,7 +427,7 @@ def replacing(state: Tensor, mask: Bool[Tensor, "batch pos"], head: int | None, 
         chosen = mask.unsqueeze(-1).to(own.device)
         if head is not None:
             entries = torch.zeros(own.shape[-1], dtype=torch.bool, device=own.device)
-            entries[_head_slice(own, head, model)] = True
+            entries[head_slice(own, head, model)] = True
             chosen = chosen & entries
         return torch.where(chosen, state.to(own), own)
 
@@ -443,16 +443,11 @@ def _fixed(state: Tensor, place: Place, free: tuple[str, int, int] | None, model
         if free[2] == NOWHERE:
             return own
         held = state.to(own).clone()
-        part = _head_slice(own, free[2], model)
+        part = head_slice(own, free[2], model)
         held[..., part] = own[..., part]
         return held
 
     return edit
-
-
-def _head_slice(state: Tensor, head: int, model: VLM) -> slice:
-    size = state.shape[-1] // count_heads(model)
-    return slice(head * size, (head + 1) * size)
 
 
 def _score(
@@ -463,7 +458,7 @@ def _score(
     return question.answer(logits, states[question.place]).cpu()
 
 
-def _alike(source: Sequence[Prompt], target: Sequence[Prompt], size: int) -> Iterator[list[int]]:
+def alike(source: Sequence[Prompt], target: Sequence[Prompt], size: int) -> Iterator[list[int]]:
     """Rows in their order, never with different numbers of pictures in one batch."""
     rows: list[int] = []
     for row in range(len(target)):
