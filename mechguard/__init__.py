@@ -71,7 +71,7 @@ _HOMES = {
     "run_study": "study",
     "MechguardError": "errors",
 }
-_ROOMS = ("plots", "organism", "datasets", "guards")
+_ROOMS = ("plots", "organism", "datasets", "guards", "circuits")
 __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:

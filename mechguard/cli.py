@@ -52,6 +52,9 @@ def study(
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most so many prompts of each set")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
+    circuits: Annotated[
+        bool, typer.Option("--circuits", help="also which heads and MLPs write the safety direction")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """From a model to report.html: states, separability, modality gap, guard, behaviour.
@@ -68,6 +71,7 @@ def study(
         seed=seed,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        circuits=circuits,
         progress=not quiet,
         command=_command(),
     )

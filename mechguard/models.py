@@ -297,6 +297,16 @@ class VLM:
         masks = encoded["attention_mask"].bool().cpu(), self.image_positions(encoded).cpu()
         return logits, ActivationCache(states, encoded["input_ids"].cpu(), *masks)
 
+    def to_transformer_lens(self) -> Any:
+        """TransformerLens's TransformerBridge over the same weights; see `circuits.to_transformer_lens`.
+
+        Raises:
+            MechguardError: TransformerLens is not installed, or has no adapter for the family.
+        """
+        from mechguard.circuits.bridge import to_transformer_lens
+
+        return to_transformer_lens(self)
+
     def position_ids(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions that start at 0 behind the left padding, for a model that would count the padding.
 

@@ -23,12 +23,20 @@ from plotly.offline import get_plotlyjs
 
 from mechguard import plots
 from mechguard.errors import MechguardError
+from mechguard.findings import describe_circuits
 from mechguard.plots.pages import FIGURE_CSS, draw_html
 from mechguard.result import UNGUARDED, Result
 from mechguard.storage import read_json, write_text
 from mechguard.summary import GUARDED, headline, picture_condition, summarise
 
-RESULTS = ("behaviour", "separability", "modality_gap", "gates", "sweep", "states")
+CIRCUITS = (
+    "attribution", "ranking", "attention", "attention_map", "lens", "patching", "patching_estimate",
+    "agreement", "paths", "checks",
+)  # fmt: skip
+RESULTS = (
+    "behaviour", "separability", "modality_gap", "gates", "sweep", "states",
+    *(f"circuits_{name}" for name in CIRCUITS),
+)  # fmt: skip
 SAMPLES = 12
 
 
@@ -54,7 +62,16 @@ DRAWINGS = (
         Drawing(f"sweep_{metric}", "sweep", partial(plots.sweep_heatmap, metric=metric), metric)
         for metric in ("attack_success", "complete_refusal", "benign_compliance")
     ),
-)
+    Drawing("circuits_heads", "circuits_ranking", partial(plots.head_heatmap, position="decision")),
+    Drawing("circuits_waterfall", "circuits_ranking", lambda ranking: plots.attribution_waterfall(
+        ranking.where(comparison="text - image", position="decision"))),
+    Drawing("circuits_attention", "circuits_attention",
+            partial(plots.head_heatmap, metric="attention_image"), "attention_image"),
+    Drawing("circuits_attention_map", "circuits_attention_map", plots.attention_map),
+    Drawing("circuits_patching", "circuits_patching", plots.patching, "log_odds_restored"),
+    Drawing("circuits_lens", "circuits_lens", plots.logit_lens),
+    Drawing("circuits_checks", "circuits_checks", plots.component_checks, "refusal"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,11 @@ class StudyFolder:
     def model(self) -> str:
         known = self.facts.get("model") or self.results["behaviour"].about.get("model")
         return str(known or "an unnamed model")
+
+    @property
+    def circuits(self) -> list[str]:
+        """The tables of circuits that the study holds."""
+        return [name for name in CIRCUITS if f"circuits_{name}" in self.results]
 
     def reported(self, name: str) -> Result:
         """The rows of a result that a report is about: the test split, where it has one."""
@@ -130,6 +152,7 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
         model=study.model,
         facts=study.facts,
         summary=summarise(behaviour, separability),
+        circuits=describe_circuits({name: study.results[f"circuits_{name}"] for name in study.circuits}),
         headline=headline(behaviour),
         figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
         samples=sample_responses(study.responses),

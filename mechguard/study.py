@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from mechguard.activations import Activations
+from mechguard.circuits.section import Section
 from mechguard.datasets import load_from_folder, packaged_folder
 from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
@@ -219,7 +220,23 @@ class Study:
 
         return self._kept(Result, "results/behaviour", measure)
 
-    def run(self, command: str) -> Path:
+    def circuits(self) -> dict[str, Result]:
+        """Which components write the SSD and what the first image condition does to them."""
+        validation = self.separability().where(split="validation")
+        section = Section(
+            self.vlm,
+            self.ssd,
+            select_layers(validation, k=1)[0],
+            self.prompts.validation,
+            self.prompts.test,
+            image=self.image_conditions[0],
+            guard=self.guard(),
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
+        return section.run(lambda name, make: self._kept(Result, f"results/circuits_{name}", make))
+
+    def run(self, command: str, *, circuits: bool = False) -> Path:
         """Make every product that is not there yet, then the figures and the report."""
         started = time.monotonic()
         steps: list[tuple[str, Callable[[], Any]]] = [
@@ -231,6 +248,8 @@ class Study:
             ("sweep on validation", self.sweep),
             ("behaviour on test", self.behaviour),
         ]
+        if circuits:
+            steps.append(("circuits", self.circuits))
         with tqdm(steps, unit="step", disable=not self.progress) as bar:
             for name, step in bar:
                 bar.set_description(name)
@@ -286,6 +305,7 @@ def run_study(
     seed: int = 0,
     limit: int | None = None,
     max_new_tokens: int = 48,
+    circuits: bool = False,
     progress: bool = True,
     command: str | None = None,
 ) -> Path:
@@ -298,6 +318,7 @@ def run_study(
             as public benchmarks; by default the organism's own, for other models MECHGUARD_DATA.
         max_rank: the most safety steering directions per layer that are tried.
         limit: at most so many prompts (pairs, for paired sets) of each set; all by default.
+        circuits: also find which components write the safety direction; adds a section to the report.
         command: what the report should print as the way to reproduce it.
 
     Returns:
@@ -312,6 +333,10 @@ def run_study(
     """
     _check_settings(max_rank=max_rank, max_new_tokens=max_new_tokens, limit=limit)
     vlm = model if isinstance(model, VLM) else load(model, processor=processor)
+    if circuits and not vlm.takes_images:
+        raise MechguardError(
+            f"{vlm.name} takes no pictures, so there is nothing for circuits to compare text with"
+        )
     prompts = load_study_prompts(_data_folder(vlm, data), limit)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
@@ -321,7 +346,9 @@ def run_study(
     study = Study(vlm, prompts, settings, folder, progress)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
-        return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
+        flag = " --circuits" if circuits else ""
+        said = command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}{flag}"
+        return study.run(said, circuits=circuits)
 
 
 def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) -> None:

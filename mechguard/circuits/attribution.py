@@ -5,8 +5,8 @@ The residual stream is a running sum, so the state h after layer L is
     h = embedding + sum over layers <= L of (attention heads + attention bias + MLP + what a family adds)
 
 and so is its projection h . v. Norms stand before the parts, not in the sum; where a family norms a part's
-output (Gemma 2 and 3, GLM-4V), that norm's scale is taken as it was, which keeps the sum exact. A part's value
-says what it writes, not why: what it read may come from any part before it. (Elhage et al. 2021, "A
+output (Gemma 2 and 3, GLM-4V), that norm's scale is taken as it was, which keeps the sum exact. A part's
+value says what it writes, not why: what it read may come from any part before it. (Elhage et al. 2021, "A
 Mathematical Framework for Transformer Circuits".)
 """
 
@@ -21,7 +21,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechguard.circuits.decisions import AnyPrompts, Decision, encode_to_decision
-from mechguard.circuits.passes import Place, States, count_heads, hooked, linear_matrix, module_of, run
+from mechguard.circuits.passes import (
+    Place,
+    Site,
+    States,
+    count_heads,
+    device_of,
+    hooked,
+    linear_matrix,
+    module_of,
+    run,
+)
 from mechguard.circuits.patterns import Watch, watched
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
@@ -30,6 +40,7 @@ from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.result import Result
 
 NOWHERE = -1  # the layer of the embedding, and the head of what is no head
+SITES: tuple[Site, ...] = ("input", "attention", "mlp", "residual")
 TOLERANCE = 1e-4  # of the size of the state, in float32
 BATCH = 16
 
@@ -238,16 +249,17 @@ def _split(
     """The parts of the projection, and for every layer how its heads write and what they gave."""
     running = [n for n in model.parts.running(with_picture=bool(batch[0].images)) if n <= last]
     with_heads = [n for n in running if _separable(model, n)]
-    places = [Place(site, n) for n in running for site in ("input", "attention", "mlp", "residual")]  # type: ignore[arg-type]
+    places = [Place(site, n) for n in running for site in SITES]
     with hooked(model, keep=[*places, *(Place("head", n) for n in with_heads)], read=_last) as states:
         run(model, encoded)
-    direction = direction.float()
-    parts: list[Part] = [(("embedding", NOWHERE, NOWHERE), _dot(states[Place("input", running[0])], direction))]
+    direction = direction.float().cpu()
+    parts: list[Part] = [(("embedding", NOWHERE, NOWHERE), states[Place("input", running[0])] @ direction)]
     writers: Writers = {}
     for index, number in enumerate(running):
-        added = states[Place("input", number)] - states[Place("residual", running[index - 1])] if index else 0
-        if index and added.any():
-            parts.append((("added", number - 1, NOWHERE), _dot(added, direction)))
+        before = states[Place("residual", running[index - 1])] if index else states[Place("input", number)]
+        added = states[Place("input", number)] - before
+        if added.any():
+            parts.append((("added", number - 1, NOWHERE), added @ direction))
         _check_layer(model, number, states)
         if number in with_heads:
             writer, heads = _writer(model, number, states, direction)
@@ -257,17 +269,13 @@ def _split(
             if writer.bias is not None:
                 parts.append((("attention_bias", number, NOWHERE), writer.bias))
         else:
-            parts.append((("attention", number, NOWHERE), _dot(states[Place("attention", number)], direction)))
-        parts.append((("mlp", number, NOWHERE), _dot(states[Place("mlp", number)], direction)))
+            parts.append((("attention", number, NOWHERE), states[Place("attention", number)] @ direction))
+        parts.append((("mlp", number, NOWHERE), states[Place("mlp", number)] @ direction))
     return parts, writers
 
 
 def _last(state: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch width"]:
-    return state[:, -1].float()
-
-
-def _dot(state: Float[Tensor, "batch d_model"], direction: Float[Tensor, " d_model"]) -> Float[Tensor, " batch"]:
-    return (state @ direction.to(state.device)).cpu()
+    return state[:, -1].float().cpu()
 
 
 def _separable(model: VLM, layer: int) -> bool:
@@ -278,16 +286,20 @@ def _separable(model: VLM, layer: int) -> bool:
 
 def _check_layer(model: VLM, layer: int, states: States) -> None:
     """The layer must add what attention and MLP write, and nothing else."""
-    read = {site: states[Place(site, layer)] for site in ("input", "attention", "mlp", "residual")}  # type: ignore[arg-type]
+    read = {site: states[Place(site, layer)] for site in SITES}
     missing = read["residual"] - read["input"] - read["attention"] - read["mlp"]
     size = max(float(state.abs().max()) for state in read.values())
-    half = 100 if model.hf_model.dtype in (torch.float16, torch.bfloat16) else 1
-    if float(missing.abs().max()) > half * TOLERANCE * max(size, 1.0):
+    if float(missing.abs().max()) > _tolerance(model) * max(size, 1.0):
         raise MechguardError(
             f"layer {layer} of {model.family} adds something that is neither its attention nor its MLP "
-            f"(up to {float(missing.abs().max()):.2g}, in states of {size:.2g}), so its state cannot be split; "
-            "families.py says which modules write"
+            f"(up to {float(missing.abs().max()):.2g}, in states of {size:.2g}), so its state cannot be "
+            "split; families.py says which modules write"
         )
+
+
+def _tolerance(model: VLM) -> float:
+    """How far off sums may be, as a share of the states: half precision keeps two or three digits."""
+    return TOLERANCE if model.hf_model.dtype == torch.float32 else 100 * TOLERANCE
 
 
 def _writer(
@@ -295,12 +307,12 @@ def _writer(
 ) -> tuple[Writer, Float[Tensor, "batch head d_head"]]:
     heads = states[Place("head", layer)]
     projection = module_of(model, Place("head", layer))
-    matrix, bias = linear_matrix(projection, heads.shape[-1], heads.to(model.hf_model.dtype))
+    matrix, bias = linear_matrix(projection, heads.shape[-1], model.hf_model.dtype)
     attention = heads @ matrix + bias
-    scaled = _scale(model, layer, attention, states[Place("attention", layer)]) * direction.to(attention)
+    scaled = _scale(model, layer, attention, states[Place("attention", layer)]) * direction
     read_off = (scaled @ matrix.T).unflatten(-1, (count_heads(model), -1))
-    whole = (scaled @ bias).cpu() if bias.any() else None
-    return Writer(read_off.cpu(), whole), heads.unflatten(-1, (count_heads(model), -1)).cpu()
+    whole = scaled @ bias if bias.any() else None
+    return Writer(read_off, whole), heads.unflatten(-1, (count_heads(model), -1))
 
 
 def _scale(
@@ -315,14 +327,15 @@ def _scale(
     if model.parts.writers(module)[0] == model.parts.head_writer(module)[0]:
         return torch.ones_like(attention)
     norm = module_of(model, Place("attention", layer))
-    weights = norm(torch.ones_like(attention).to(model.hf_model.dtype)).float()
+    ones = torch.ones(1, model.d_model, dtype=model.hf_model.dtype, device=device_of(norm))
+    weights = norm(ones).float().cpu()
     scaled = attention * weights
     number = (written * scaled).sum(-1, keepdim=True) / (scaled * scaled).sum(-1, keepdim=True)
     off = float((number * scaled - written).abs().max())
-    if off > TOLERANCE * 10 * max(1.0, float(written.abs().max())):
+    if off > 10 * _tolerance(model) * max(1.0, float(written.abs().max())):
         raise MechguardError(
-            f"the norm behind the attention of layer {layer} of {model.family} is not an RMS norm, so its heads "
-            "cannot be told apart"
+            f"the norm behind the attention of layer {layer} of {model.family} is not an RMS norm, so its "
+            "heads cannot be told apart"
         )
     return number * weights
 
@@ -340,8 +353,8 @@ def _by_source(
     mixed = torch.einsum("bhk,bhkd->bhd", pattern, values)
     if not torch.allclose(mixed, heads, atol=1e-2 * float(heads.abs().max() + 1e-6)):
         raise MechguardError(
-            f"the heads of layer {layer} do more than weigh values by attention, so what they write cannot be "
-            "split by position"
+            f"the heads of layer {layer} do more than weigh values by attention, so what they write cannot "
+            "be split by position"
         )
     return pattern, pattern * torch.einsum("bhkd,bhd->bhk", values, writer.read_off)
 

@@ -42,7 +42,8 @@ def rank_components(first: Result, second: Result, *, seed: int = 0) -> Result:
 
     Args:
         first: of `attribute`, such as harmful prompts, or text.
-        second: the same of other prompts, or of the same ones beside a picture; then the comparison is paired.
+        second: the same of other prompts, or of the same ones beside a picture, which are then
+            compared pair by pair.
 
     Returns:
         One row per component, largest mean difference of `value` first, with a 95% bootstrap interval over
@@ -64,7 +65,8 @@ def rank_components(first: Result, second: Result, *, seed: int = 0) -> Result:
         low, high = percentile_interval(left[own].mean(-1) - right[other].mean(-1))
         rows.append(
             {**dict(zip(keys, key, strict=True)), "metric": "difference", "value": left.mean() - right.mean(),
-             "low": float(low), "high": float(high), "n": len(left), "first": left.mean(), "second": right.mean()}
+             "low": float(low), "high": float(high), "n": len(left), "first": left.mean(),
+             "second": right.mean()}
         )  # fmt: skip
     rows.sort(key=lambda row: -row["value"])
     return Result.from_rows(rows, **{key: first.about.get(key) for key in ("model", "direction", "seed")})
@@ -141,12 +143,18 @@ class Check:
             with reaching(self.model, batch, self.decision, guard, [place]) as (logits, _):
                 odds = self.decision.log_odds(logits[:, -1]).cpu()
             scores.append(torch.stack([odds, odds]))
-        rows = self._rows(torch.cat(scores, dim=1).numpy())
+        measured = self._rows(torch.cat(scores, dim=1).numpy())
         named = {"check": "guard", "condition": self.image, "k": 0, "choice": guard.name}
-        return self._result([{**named, **row} for row in rows if row["metric"] != "projection"])
+        return self._result([{**named, **row} for row in measured if row["metric"] != "projection"])
 
     def generate(
-        self, ranking: Result, *, k: int, sets: int = 3, judge: str | RefusalJudge = "refusal", tokens: int = 32
+        self,
+        ranking: Result,
+        *,
+        k: int,
+        sets: int = 3,
+        judge: str | RefusalJudge = "refusal",
+        tokens: int = 32,
     ) -> Result:
         """The refusals in whole answers to text, with the top k parts at their mean, and with random ones.
 
@@ -158,8 +166,9 @@ class Check:
         verdict = find_judge(judge, self.model.folder)
         text = list(self.held_out.with_image("none"))
         edits = self._means()
-        chosen = {"none": [], "top": top_components(ranking, k)}
-        chosen |= {f"random {n + 1}": drawn for n, drawn in enumerate(self._random(chosen["top"], sets))}
+        top = top_components(ranking, k)
+        chosen: dict[str, list[Part]] = {"none": [], "top": top}
+        chosen |= {f"random {n + 1}": drawn for n, drawn in enumerate(self._random(top, sets))}
         rows = []
         for choice, parts in chosen.items():
             answers = self._answers(text, parts, edits, tokens)
@@ -202,10 +211,20 @@ class Check:
         return dict(states)
 
     def _compared(
-        self, check: str, condition: str, ranking: Result, ks: Sequence[int], sets: int, prompts: list[Any], source: Any
+        self,
+        check: str,
+        condition: str,
+        ranking: Result,
+        ks: Sequence[int],
+        sets: int,
+        prompts: list[Any],
+        source: Any,
     ) -> Result:
         base = self._scores(prompts, [], source)
-        rows = [{"check": check, "condition": condition, "k": 0, "choice": "none", **row} for row in self._rows(base)]
+        rows = [
+            {"check": check, "condition": condition, "k": 0, "choice": "none", **row}
+            for row in self._rows(base)
+        ]
         for k in ks:
             top = top_components(ranking, k)
             ours = self._scores(prompts, top, source)
@@ -213,10 +232,14 @@ class Check:
             named = {"check": check, "condition": condition, "k": k}
             rows += [{**named, "choice": "top", **row} for row in self._rows(ours)]
             rows += [{**named, "choice": "random", **row} for row in _spread(draws)]
-            rows += [{**named, "choice": "top - random", **row} for row in _difference(ours, draws, self.seed)]
+            rows += [
+                {**named, "choice": "top - random", **row} for row in _difference(ours, draws, self.seed)
+            ]
         return self._result(rows)
 
-    def _scores(self, prompts: list[Any], parts: list[Part], source: Any) -> Float[np.ndarray, "score prompt"]:
+    def _scores(
+        self, prompts: list[Any], parts: list[Part], source: Any
+    ) -> Float[np.ndarray, "score prompt"]:
         found = []
         for rows in alike(prompts, prompts, BATCH):
             encoded = encode_to_decision(self.model, [prompts[row] for row in rows], self.decision)
@@ -248,7 +271,9 @@ class Check:
 
         return {place: edit(place, heads) for place, heads in wanted.items()}
 
-    def _answers(self, prompts: list[Any], parts: list[Part], means: dict[Place, Tensor], tokens: int) -> list[str]:
+    def _answers(
+        self, prompts: list[Any], parts: list[Part], means: dict[Place, Tensor], tokens: int
+    ) -> list[str]:
         answers = []
         for start in range(0, len(prompts), BATCH):
             encoded = encode_to_decision(self.model, prompts[start : start + BATCH], self.decision)

@@ -73,8 +73,8 @@ def find_decision(
     complied = [ids for said, ids in judged if said.complied]
     if not refused or not complied:
         raise MechguardError(
-            f"{model.name} refuses {len(refused)} and answers {len(complied)} of {len(answers)} prompts; give "
-            "prompts of which it refuses some and answers some"
+            f"{model.name} refuses {len(refused)} and answers {len(complied)} of {len(answers)} prompts; "
+            "give prompts of which it refuses some and answers some"
         )
     prefix: tuple[int, ...] = ()
     while len(prefix) <= LONGEST_PREFIX:

@@ -1,7 +1,7 @@
 """The logit lens: what the model would say if it stopped at a layer.
 
-The state after each layer is sent through the final norm and the unembedding (nostalgebraist 2020); read along
-the tokens of refusal and compliance it says from which layer on the model leans to one of them. Layers before
+The state after each layer is sent through the final norm and the unembedding (nostalgebraist 2020); read
+along the tokens of refusal and compliance it says from which layer on the model leans to one of them. Layers before
 the last need not speak the language of the unembedding, so a low value early is no evidence of indecision.
 """
 
@@ -48,7 +48,10 @@ def apply_logit_lens(
     found: dict[int | str, list[Tensor]] = {}
     for batch in batches(sent, batch_size):
         layers = model.parts.running(with_picture=bool(batch[0].images))
-        with reaching(model, batch, decision, guard, [Place("residual", n) for n in layers]) as (logits, states):
+        with reaching(model, batch, decision, guard, [Place("residual", n) for n in layers]) as (
+            logits,
+            states,
+        ):
             for number in layers:
                 spoken = unembed(model, states[Place("residual", number)][:, -1])
                 found.setdefault(number, []).append(decision.log_odds(spoken).cpu())

@@ -100,12 +100,18 @@ def count_heads(model: VLM) -> int:
     return int(model.hf_model.config.get_text_config().num_attention_heads)
 
 
-def linear_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix [width, out] and the bias [out] of a linear map, read off what it does, in float32."""
+def linear_matrix(module: nn.Module, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrix [width, out] and the bias [out] of a linear map, read off what it does; float32, CPU."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device_of(module)}
     with torch.no_grad():
-        bias = module(like.new_zeros(1, width))
-        matrix = module(torch.eye(width, dtype=like.dtype, device=like.device)) - bias
-    return matrix.float(), bias[0].float()
+        bias = module(torch.zeros(1, width, **options)).float().cpu()
+        matrix = module(torch.eye(width, **options)).float().cpu() - bias
+    return matrix, bias[0]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    return next(module.parameters()).device
 
 
 def head_slice(state: Tensor, head: int, model: VLM) -> slice:

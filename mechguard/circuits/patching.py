@@ -3,9 +3,9 @@
 Two prompts are run, a source and a target (say, a request as text, and the same beside a picture). One place
 of the target, one component of one layer at one group of positions, is given the source's state, and the rest
 of the target's run follows from it. What changes in the log-odds of refusal and in the projection on the SSD
-is that place's effect (Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042).
-`method="gradient"` estimates all effects from two runs and one gradient: (source - target) . d score / d state
-(attribution patching; Nanda 2023, Syed et al. 2023, arXiv 2310.10348).
+is that place's effect (Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv
+2309.16042). `method="gradient"` estimates all effects from two runs and one gradient: (source - target) .
+d score / d state (attribution patching; Nanda 2023, Syed et al. 2023, arXiv 2310.10348).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ BATCH = 64
 SEED = 0
 RESAMPLES = 1000
 SCORES = ("log_odds", "projection")
+Path = tuple[str, int, int]
+"""A component, its layer and its head."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,13 @@ class Question:
 
     def answer(self, logits: Tensor, state: Tensor) -> Float[Tensor, "score batch"]:
         """Log-odds and projection, from the logits and the state of one run."""
-        last = state[:, -1 - len(self.decision.prefix)].float()
-        projection = last @ self.direction.to(last)
+        projection = self.project(state)
         return torch.stack([self.decision.log_odds(logits[:, -1]).to(projection), projection])
+
+    def project(self, state: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch"]:
+        """The projection on the SSD at the last token of the prompt."""
+        last = state[:, -1 - len(self.decision.prefix)].float()
+        return last @ self.direction.to(last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +122,8 @@ def patch(
 
     Returns:
         Rows by component, layer, head and position: metric "log_odds" and "projection" (the mean change, in
-        nats and in the units of the states), and "log_odds_restored" and "projection_restored" (the same as a
-        share of the mean difference between source and target). 95% bootstrap intervals over prompts.
+        nats and in the units of the states), and "log_odds_restored" and "projection_restored" (the same as
+        a share of the mean difference between source and target). 95% bootstrap intervals over prompts.
 
     Raises:
         MechguardError: sources and targets do not fit, an unknown component or position, or the layer.
@@ -158,8 +164,8 @@ def hide_image(
     are those of the run with it, but from that layer on nothing is read from it.
 
     Returns:
-        Rows by layer, with component "image hidden" and position "image"; metrics and intervals as in `patch`,
-        without shares.
+        Rows by layer, with component "image hidden" and position "image"; metrics and intervals as in
+        `patch`, without shares.
     """
     sent = model.prepare(as_prompts(prompts))
     number = layer_number(model, layer)
@@ -212,46 +218,22 @@ def patch_paths(
         Rows by path: `component` ("direct", "head", "mlp"), `layer`, `head`, and metric "projection", with
         95% bootstrap intervals; "total" lets everything answer.
     """
-    no_answer = Decision((), (0,))
-    pairs = _Pairs(model, source, target, directions, layer, no_answer, None, batch_size)
-    sender = Place("head", layer_number(model, head[0]))
-    last = pairs.question.layer
+    pairs = _Pairs(model, source, target, directions, layer, Decision((), (0,)), None, batch_size)
+    sender, last = Place("head", layer_number(model, head[0])), pairs.question.layer
     if not 0 <= head[1] < count_heads(model) or sender.layer > last:
         raise MechguardError(
             f"head {head} cannot write to layer {last}: {model.name} has heads 0-{count_heads(model) - 1} in "
             "each layer, and only the same or a later layer can be written to"
         )
-    through = [n for n in pairs.layers if n <= last]
-    places = [Place(site, n) for n in through for site in ("head", "mlp")]  # type: ignore[arg-type]
-    paths: dict[tuple[str, int, int], list[Tensor]] = {}
+    places = [Place(site, n) for n in pairs.layers if n <= last for site in ("head", "mlp")]
+    paths: dict[Path, list[Tensor]] = {}
     for pair in pairs.batches([sender]):
-        with torch.no_grad(), hooked(model, keep=[*places, pairs.question.place]) as own:
-            run(model, pair.encoded)
-        base = pairs.question.answer(torch.zeros(len(pair.known), 1, 1), own[pairs.question.place])[1]
-        sent = own[sender].clone()
-        part = head_slice(sent, head[1], model)
-        sent[..., part] = torch.where(pair.known.unsqueeze(-1), pair.states[sender][..., part], sent[..., part])
-
-        def read(free: tuple[str, int, int] | None, *, everything: bool = False) -> Tensor:
-            edits: dict[Place, Edit] = {}
-            for place in [sender] if everything else places:
-                fixed = sent if place == sender else own[place]
-                edits[place] = _fixed(fixed, place, free, model)
-            with torch.no_grad(), hooked(model, edits=edits, keep=[pairs.question.place]) as states:
-                run(model, pair.encoded)
-            logits = torch.zeros(len(pair.known), 1, 1)
-            return pairs.question.answer(logits, states[pairs.question.place])[1] - base
-
-        direct = read(None)
-        paths.setdefault(("total", NOWHERE, NOWHERE), []).append(read(None, everything=True))
+        reading = _PathReading(model, pairs.question, pair, places, sender, head[1])
+        direct = reading.change()
+        paths.setdefault(("total", NOWHERE, NOWHERE), []).append(reading.change(everything=True))
         paths.setdefault(("direct", NOWHERE, NOWHERE), []).append(direct)
-        for place in places:
-            if place.layer < sender.layer or (place.layer == sender.layer and place.site == "head"):
-                continue
-            numbers = range(count_heads(model)) if place.site == "head" else [NOWHERE]
-            for number in numbers:
-                key = (str(place.site), place.layer, number)
-                paths.setdefault(key, []).append(read(key) - direct)
+        for path in _paths_behind(sender, places, count_heads(model)):
+            paths.setdefault(path, []).append(reading.change(path) - direct)
     rows = []
     for (component, number, index), found in paths.items():
         values = torch.cat(found).numpy()
@@ -351,6 +333,36 @@ class _Pairs:
         )
 
 
+class _PathReading:
+    """Runs of one batch in which a head sends the source's state and chosen components answer."""
+
+    def __init__(
+        self, model: VLM, question: Question, pair: Pair, places: list[Place], sender: Place, head: int
+    ) -> None:
+        self.model, self.question, self.pair, self.sender = model, question, pair, sender
+        with torch.no_grad(), hooked(model, keep=[*places, question.place]) as own:
+            run(model, pair.encoded)
+        self.base = question.project(own[question.place])
+        edit = replacing(pair.states[sender], pair.known, head, model)
+        self.held = {place: own[place] for place in places} | {sender: edit(own[sender])}
+
+    def change(self, free: Path | None = None, *, everything: bool = False) -> Float[Tensor, " batch"]:
+        """What the head's state changes in the projection while all but one component are held."""
+        held = {self.sender: self.held[self.sender]} if everything else self.held
+        edits = {place: _holding(state, place, free, self.model) for place, state in held.items()}
+        with torch.no_grad(), hooked(self.model, edits=edits, keep=[self.question.place]) as states:
+            run(self.model, self.pair.encoded)
+        return (self.question.project(states[self.question.place]) - self.base).cpu()
+
+
+def _paths_behind(sender: Place, places: list[Place], heads: int) -> Iterator[Path]:
+    """Every head and MLP that comes after a head in the forward pass."""
+    for place in places:
+        if place.layer > sender.layer or (place.layer == sender.layer and place.site == "mlp"):
+            for number in range(heads) if place.site == "head" else [NOWHERE]:
+                yield str(place.site), place.layer, number
+
+
 def effect_rows(
     effect: Float[np.ndarray, "score prompt"], gap: Float[np.ndarray, "score prompt"] | None, seed: int
 ) -> list[dict[str, Any]]:
@@ -378,7 +390,9 @@ def _exact(
     model: VLM, question: Question, pair: Pair, places: list[Place], positions: Sequence[str], progress: bool
 ) -> Effects:
     jobs = list(_jobs(model, pair, places, positions))
-    for place, head, position, mask in tqdm(jobs, desc="patch", unit="run", disable=not progress, leave=False):
+    for place, head, position, mask in tqdm(
+        jobs, desc="patch", unit="run", disable=not progress, leave=False
+    ):
         edit = replacing(pair.states[place], mask, None if head == NOWHERE else head, model)
         score = _score(model, question, pair.encoded, {place: edit})
         yield (str(place.site), place.layer, head, position), score - pair.scores[0]
@@ -402,7 +416,9 @@ def _estimated(
         for index, (place, state) in enumerate(zip(places, wanted, strict=True))
     }
     for place, head, position, mask in _jobs(model, pair, places, positions):
-        parts = change[place] if head == NOWHERE else change[place][..., head_slice(change[place], head, model)]
+        parts = (
+            change[place] if head == NOWHERE else change[place][..., head_slice(change[place], head, model)]
+        )
         yield (str(place.site), place.layer, head, position), (parts.sum(-1) * mask).sum(-1).cpu()
 
 
@@ -434,7 +450,7 @@ def replacing(state: Tensor, mask: Bool[Tensor, "batch pos"], head: int | None, 
     return edit
 
 
-def _fixed(state: Tensor, place: Place, free: tuple[str, int, int] | None, model: VLM) -> Edit:
+def _holding(state: Tensor, place: Place, free: Path | None, model: VLM) -> Edit:
     """An edit that holds a place at `state`, but for the one head or MLP that is free."""
 
     def edit(own: Tensor) -> Tensor:

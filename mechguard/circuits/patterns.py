@@ -98,7 +98,7 @@ def _attend(
     scores = _masked(scores, attention_mask, causal=getattr(module, "is_causal", True))
     watch = _WATCHES[-1]
     layer = watch.layers.get(id(module))
-    if layer in watch.blocked:
+    if layer is not None and layer in watch.blocked:
         scores = scores.masked_fill(watch.blocked[layer].unsqueeze(1), torch.finfo(scores.dtype).min)
     pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     if layer is not None:

@@ -4,6 +4,14 @@ A figure is drawn from the rows as they are: nothing here shows, saves (but `sav
 Conditions, guards and labels have the same colour in every figure.
 """
 
+from mechguard.plots.circuits import (
+    attention_map,
+    attribution_waterfall,
+    component_checks,
+    head_heatmap,
+    logit_lens,
+    patching,
+)
 from mechguard.plots.defences import defences
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
@@ -12,11 +20,17 @@ from mechguard.plots.rates import behaviour
 from mechguard.plots.state_maps import state_map
 
 __all__ = [
+    "attention_map",
+    "attribution_waterfall",
     "behaviour",
+    "component_checks",
     "defences",
     "gates",
+    "head_heatmap",
     "layer_sweep",
+    "logit_lens",
     "modality_gap",
+    "patching",
     "save",
     "state_map",
     "sweep_heatmap",
