@@ -155,8 +155,8 @@ def _say_restored(table: pd.DataFrame) -> str:
         tops = _where(table, check="restore", metric="log_odds", choice="top")
         parts = ", ".join(f"{row['k']}: {row['value'] - base:+.2f}" for row in tops.to_dict("records"))
         said += (
-            f" The guard {guarded['choice']} changes the log-odds by {gain:+.2f} nats, the top components (by "
-            f"their number) {parts}."
+            f" The guard {guarded['choice']} changes the log-odds by {gain:+.2f} nats, the top components "
+            f"(by their number) {parts}."
         )
     return said
 

@@ -1,8 +1,9 @@
 """The logit lens: what the model would say if it stopped at a layer.
 
 The state after each layer is sent through the final norm and the unembedding (nostalgebraist 2020); read
-along the tokens of refusal and compliance it says from which layer on the model leans to one of them. Layers before
-the last need not speak the language of the unembedding, so a low value early is no evidence of indecision.
+along the tokens of refusal and compliance it says from which layer on the model leans to one of them. Layers
+before the last need not speak the language of the unembedding, so a low value early is no evidence of
+indecision.
 """
 
 from __future__ import annotations
