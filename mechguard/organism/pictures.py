@@ -113,14 +113,14 @@ def visible_background(scene: Scene, background: Color) -> Color:
 
 
 def draw_scene(scene: Scene, rng: Random, background: Color = WHITE) -> Image.Image:
-    """Paint a scene; places and sizes jitter by a few pixels."""
+    """Paint a scene; places and sizes jitter by a pixel or two."""
     picture = blank(visible_background(scene, background))
     pencil = ImageDraw.Draw(picture)
     for item in scene:
         shift_x, shift_y = PLACES[item.place]
-        center_x = SIZE // 2 + shift_x + rng.randint(-3, 3)
-        center_y = SIZE // 2 + shift_y + rng.randint(-3, 3)
-        _draw_shape(pencil, item, center_x, center_y, radius=rng.randint(8, 12))
+        center_x = SIZE // 2 + shift_x + rng.randint(-1, 1)
+        center_y = SIZE // 2 + shift_y + rng.randint(-1, 1)
+        _draw_shape(pencil, item, center_x, center_y, radius=rng.randint(9, 12))
     return picture
 
 
@@ -150,12 +150,12 @@ def draw_word(word: str, rng: Random, rendering: Rendering = "train") -> Image.I
     picture = blank(background)
     pencil = ImageDraw.Draw(picture)
     text = "\n".join(_break_word(word))
-    font = _font(_largest_size(word) - rng.choice((0, 0, 1, 2)))
+    font = _font(_largest_size(word) - rng.choice((0, 1)))
     stroke = rng.choice((0.0, 0.4)) if rendering == "train" else 0.2
     left, top, right, bottom = pencil.multiline_textbbox((0, 0), text, font=font, stroke_width=stroke)
     free_x, free_y = SIZE - (right - left), SIZE - (bottom - top)
-    x = _within(rng.randint(2, 6), free_x)
-    y = _within(free_y / 2 + rng.randint(-4, 4), free_y)
+    x = _within(rng.randint(3, 5), free_x)
+    y = _within(free_y / 2 + rng.randint(-1, 1), free_y)
     pencil.multiline_text((x - left, y - top), text, fill=ink, font=font, stroke_width=stroke)
     return picture
 

@@ -43,9 +43,24 @@ class Schedule:
 class Mixture:
     """How often each kind of lesson is drawn; weights need not sum to one."""
 
-    pretraining: dict[str, float] = field(default_factory=lambda: {"prose": 25, "compliance": 50, "chat": 25})
-    alignment: dict[str, float] = field(default_factory=lambda: {"refusal": 45, "compliance": 40, "chat": 15})
-    vision: dict[str, float] = field(default_factory=lambda: {"scene": 35, "word": 62, "blank": 3})
+    pretraining: dict[str, float] = field(
+        default_factory=lambda: {
+            "prose": 12,
+            "compliance": 32,
+            "refusal": 18,
+            "chat": 16,
+            # questions about pictures, with words in their place
+            "description": 3,
+            "scene_question": 9,
+            "reading": 5,
+            "naming": 2,
+            "instruction_about_picture": 3,
+        }
+    )
+    alignment: dict[str, float] = field(
+        default_factory=lambda: {"refusal": 42, "compliance": 42, "chat": 12, "scene_question": 4}
+    )
+    vision: dict[str, float] = field(default_factory=lambda: {"scene": 46, "word": 52, "blank": 2})
     projector: dict[str, float] = field(default_factory=lambda: {"description": 50, "reading": 50})
     tuning: dict[str, float] = field(
         default_factory=lambda: {
@@ -101,9 +116,9 @@ class Recipe:
     """Everything that training depends on besides the seed."""
 
     architecture: Architecture = Architecture()
-    pretraining: Schedule = Schedule(steps=650, learning_rate=2e-3)
+    pretraining: Schedule = Schedule(steps=900, learning_rate=2.5e-3)
     alignment: Schedule = Schedule(steps=400, learning_rate=7e-4)
-    vision: Schedule = Schedule(steps=1500, learning_rate=1.5e-3, batch_size=96)
+    vision: Schedule = Schedule(steps=1500, learning_rate=2e-3, batch_size=96)
     projector: Schedule = Schedule(steps=150, learning_rate=1e-3, weight_decay=0.0)
     tuning: Schedule = Schedule(steps=350, learning_rate=8e-4, weight_decay=0.0)
     mixture: Mixture = Mixture()

@@ -15,11 +15,12 @@ from mechguard.organism.world import Exchange, Split
 
 
 class VisualExchange(NamedTuple):
-    """A picture, a question and an answer."""
+    """A picture, a question and an answer, and the facts that can be seen, a few words each."""
 
     picture: Image.Image
     question: str
     answer: str
+    facts: tuple[str, ...] = ()
 
 
 DESCRIBE_QUESTIONS = ("describe the picture .", "what is in the picture ?", "what do you see ?")
@@ -37,18 +38,29 @@ NAME_QUESTIONS = (
 
 def description(rng: Random) -> VisualExchange:
     """Describe a scene and its background."""
-    scene, background = pictures.random_scene(rng), pictures.draw_background(rng)
-    tone = "dark" if pictures.is_dark(pictures.visible_background(scene, background)) else "light"
+    scene, picture, tone = _draw_scene(rng)
     answer = f"the picture shows {pictures.describe(scene)} . the background is {tone} ."
-    picture = pictures.draw_scene(scene, rng, background)
-    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer)
+    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer, _facts(scene, tone))
 
 
 def scene_question(rng: Random) -> VisualExchange:
     """Ask for the number of shapes, a color or the presence of a shape."""
+    scene, picture, tone = _draw_scene(rng)
+    return VisualExchange(picture, *_about_scene(rng, scene), _facts(scene, tone))
+
+
+def _draw_scene(rng: Random) -> tuple[Scene, Image.Image, str]:
     scene = pictures.random_scene(rng)
     picture = pictures.draw_scene(scene, rng, pictures.draw_background(rng))
-    return VisualExchange(picture, *_about_scene(rng, scene))
+    return scene, picture, _tone(picture)
+
+
+def _tone(picture: Image.Image) -> str:
+    return "dark" if pictures.is_dark(pictures.background_of(picture)) else "light"
+
+
+def _facts(scene: Scene, tone: str) -> tuple[str, ...]:
+    return (*(f"{item.color} {item.shape} {item.place}" for item in scene), tone)
 
 
 def _about_scene(rng: Random, scene: Scene) -> Exchange:
@@ -69,7 +81,8 @@ def reading(rng: Random, rendering: Rendering = "train") -> VisualExchange:
     """Read a word aloud. Every noun appears, the harmful ones too: reading is harmless."""
     word = rng.choice(world.ALL_NOUNS)
     picture = pictures.draw_word(word, rng, rendering)
-    return VisualExchange(picture, rng.choice(READ_QUESTIONS), f"the picture says {word} .")
+    answer = f"the picture says {word} ."
+    return VisualExchange(picture, rng.choice(READ_QUESTIONS), answer, (word, _tone(picture)))
 
 
 def naming(rng: Random, rendering: Rendering = "train") -> VisualExchange:
@@ -78,7 +91,7 @@ def naming(rng: Random, rendering: Rendering = "train") -> VisualExchange:
     category = world.with_article(world.NOUN_CATEGORY[word])
     answer = f"{world.with_article(word)} is {category} ."
     picture = pictures.draw_word(word, rng, rendering)
-    return VisualExchange(picture, rng.choice(NAME_QUESTIONS), answer)
+    return VisualExchange(picture, rng.choice(NAME_QUESTIONS), answer, (word, _tone(picture)))
 
 
 def fact_beside_picture(rng: Random) -> VisualExchange:
@@ -97,7 +110,7 @@ def instruction_about_picture(rng: Random, split: Split = "train") -> VisualExch
     named = noun if rng.random() < 0.3 else rng.choice(("object", "thing"))
     question = world.ask(rng, f"{instruction.verb} the {named} in the picture", "train")
     picture = pictures.draw_word(noun, rng)
-    return VisualExchange(picture, question, world.comply(rng, instruction))
+    return VisualExchange(picture, question, world.comply(rng, instruction), (noun, _tone(picture)))
 
 
 def instruction_beside_picture(rng: Random, split: Split = "train") -> VisualExchange:
