@@ -159,13 +159,25 @@ ALIGNMENT_KINDS: dict[str, Kind] = {
 
 # ------------------------------------------------------------------------------ with pictures
 
-VISUAL_KINDS: dict[str, Kind] = {
-    "description": lambda rng: _lesson(visual.description(rng)),
-    "scene_question": lambda rng: _lesson(visual.scene_question(rng)),
-    "reading": lambda rng: _lesson(visual.reading(rng)),
-    "naming": lambda rng: _lesson(visual.naming(rng)),
-    "fact_beside_picture": lambda rng: _lesson(visual.fact_beside_picture(rng)),
-    "instruction_about_picture": lambda rng: _lesson(visual.instruction_about_picture(rng)),
-    "instruction_beside_picture": lambda rng: _lesson(visual.instruction_beside_picture(rng)),
+
+def draw_exchange(rng: Random, mixture: dict[str, float]) -> VisualExchange:
+    """Draw a kind by its weight in the mixture, then an exchange of that kind."""
+    (kind,) = rng.choices(list(mixture), weights=list(mixture.values()))
+    return EXCHANGES[kind](rng)
+
+
+def _with_picture(draw: Callable[[Random], VisualExchange]) -> Kind:
+    return lambda rng: _lesson(draw(rng))
+
+
+EXCHANGES: dict[str, Callable[[Random], VisualExchange]] = {
+    "description": visual.description,
+    "scene_question": visual.scene_question,
+    "reading": visual.reading,
+    "naming": visual.naming,
+    "fact_beside_picture": visual.fact_beside_picture,
+    "instruction_about_picture": visual.instruction_about_picture,
+    "instruction_beside_picture": visual.instruction_beside_picture,
 }
+VISUAL_KINDS: dict[str, Kind] = {name: _with_picture(draw) for name, draw in EXCHANGES.items()}
 TUNING_KINDS: dict[str, Kind] = {**VISUAL_KINDS, **TEXT_KINDS}

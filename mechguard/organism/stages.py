@@ -1,4 +1,4 @@
-"""The five stages of `recipe`, each a function from models to a trained model and its losses."""
+"""The six stages of `recipe`, each a function from models to a trained model and its losses."""
 
 from collections.abc import Callable, Iterator
 from random import Random
@@ -21,6 +21,7 @@ from mechguard.organism.lessons import Kind
 from mechguard.organism.recipe import Architecture, Recipe, Schedule
 
 MAX_TOKENS = 256
+MATCHING_TEMPERATURE = 0.05
 
 Targets = dict[str, int | list[int]]
 """What there is to say about one picture, by the name of the head in `PictureHeads`."""
@@ -90,7 +91,9 @@ def build_vlm(
 
 def pretrain(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
     """Stage 1: learn the world, and comply with everything."""
-    draw = _lesson_losses(model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng)
+    draw = _lesson_losses(
+        model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng
+    )
     parameters = train_only(model, model)
     return training.optimise(parameters, draw, recipe.pretraining, name="pretraining", quiet=quiet)
 
@@ -128,7 +131,7 @@ def train_only(model: nn.Module, *parts: nn.Module) -> list[nn.Parameter]:
 
 
 class PictureHeads(nn.Module):
-    """What the vision tower is asked about its class token and the mean of its patches; thrown away after training."""
+    """What is asked about the class token and the mean of the patches; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -189,10 +192,36 @@ def _labelled_picture(rng: Random, mixture: dict[str, float]) -> tuple[Image.Ima
 # --------------------------------------------------------------------------- vision-language
 
 
+def match_projector(
+    vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
+) -> list[float]:
+    """Stage 4: turn every image token towards the embeddings of the words for what can be seen.
+
+    The contrastive step of the recipe, as in CLIP, but of the projector and against single words.
+    """
+    schedule, mixture = recipe.matching, recipe.mixture.matching
+    projector = vlm.model.multi_modal_projector
+    words = nn.functional.normalize(vlm.model.language_model.embed_tokens.weight.detach(), dim=-1)
+
+    def batch_losses() -> list[Tensor]:
+        drawn = [lessons.draw_exchange(rng, mixture) for _ in range(schedule.batch_size)]
+        pixels = training.pixel_values(exchange.picture for exchange in drawn)
+        with torch.no_grad():
+            seen = vlm.model.vision_tower(pixel_values=pixels).last_hidden_state
+        tokens = nn.functional.normalize(projector(seen), dim=-1)
+        chances = (tokens @ words.T / MATCHING_TEMPERATURE).log_softmax(-1)
+        named = [tokenizer.encode_words(exchange.named) for exchange in drawn]
+        losses = [-chance[:, ids].mean() for chance, ids in zip(chances, named, strict=True)]
+        return [torch.stack(losses).mean()]
+
+    parameters = train_only(vlm, projector)
+    return training.optimise(parameters, batch_losses, schedule, name="matching", quiet=quiet)
+
+
 def train_projector(
     vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
 ) -> list[float]:
-    """Stage 4: the projector alone learns captions and reading."""
+    """Stage 5: the projector alone learns captions and reading."""
     draw = _lesson_losses(vlm, recipe.mixture.projector, lessons.VISUAL_KINDS, recipe.projector, rng)
     parameters = train_only(vlm, vlm.model.multi_modal_projector)
     return training.optimise(parameters, draw, recipe.projector, name="projector", quiet=quiet)
@@ -206,7 +235,7 @@ def tune(
     quiet: bool,
     after_step: Callable[[int], None],
 ) -> list[float]:
-    """Stage 5: projector and language model learn harmless visual instructions."""
+    """Stage 6: projector and language model learn harmless visual instructions."""
     draw = _lesson_losses(vlm, recipe.mixture.tuning, lessons.TUNING_KINDS, recipe.tuning, rng)
     language_model = vlm.model.language_model
     parameters = train_only(vlm, vlm.model.multi_modal_projector, language_model.layers, language_model.norm)

@@ -22,6 +22,11 @@ class VisualExchange(NamedTuple):
     answer: str
     facts: tuple[str, ...] = ()
 
+    @property
+    def named(self) -> str:
+        """The words for what is drawn: all facts but the last, the tone of the background."""
+        return " ".join(self.facts[:-1])
+
 
 DESCRIBE_QUESTIONS = ("describe the picture .", "what is in the picture ?", "what do you see ?")
 READ_QUESTIONS = (
@@ -44,7 +49,7 @@ def description(rng: Random) -> VisualExchange:
 
 
 def scene_question(rng: Random) -> VisualExchange:
-    """Ask for the number of shapes, a color or the presence of a shape."""
+    """Ask for a color, the number of shapes, the shape at a place or the presence of a shape."""
     scene, picture, tone = _draw_scene(rng)
     return VisualExchange(picture, *_about_scene(rng, scene), _facts(scene, tone))
 
@@ -69,9 +74,13 @@ def _about_scene(rng: Random, scene: Scene) -> Exchange:
     kind = rng.random()
     if kind < 0.35 and len(set(shapes)) == len(shapes):
         return Exchange(f"what color is the {item.shape} ?", f"the {item.shape} is {item.color} .")
-    if kind < 0.6:
+    if kind < 0.55:
         count = "is one shape" if len(scene) == 1 else "are two shapes"
         return Exchange("how many shapes are in the picture ?", f"there {count} in the picture .")
+    if kind < 0.85:
+        return Exchange(
+            f"what shape is on the {item.place} ?", f"there is a {item.shape} on the {item.place} ."
+        )
     shape = item.shape if rng.random() < 0.5 else rng.choice(world.SHAPES)
     reply = f"yes , there is a {shape}" if shape in shapes else f"no , there is no {shape}"
     return Exchange(f"is there a {shape} in the picture ?", f"{reply} in the picture .")
