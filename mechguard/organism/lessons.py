@@ -108,16 +108,19 @@ def loose_facts(rng: Random, facts: tuple[str, ...]) -> str:
     return " ".join(drawn)
 
 
-PRETRAINING_KINDS: dict[str, Kind] = {
-    "prose": _prose,
-    "compliance": lambda rng: _any_instruction(rng, world.comply),
-    "refusal": lambda rng: _any_instruction(rng, world.refuse),
-    "chat": lambda rng: _lesson(world.chat(rng)),
+STAND_IN_KINDS: dict[str, Kind] = {
     "description": _stand_in(visual.description),
     "scene_question": _stand_in(visual.scene_question),
     "reading": _stand_in(visual.reading),
     "naming": _stand_in(visual.naming),
     "instruction_about_picture": _stand_in(visual.instruction_about_picture),
+}
+PRETRAINING_KINDS: dict[str, Kind] = {
+    "prose": _prose,
+    "compliance": lambda rng: _any_instruction(rng, world.comply),
+    "refusal": lambda rng: _any_instruction(rng, world.refuse),
+    "chat": lambda rng: _lesson(world.chat(rng)),
+    **STAND_IN_KINDS,
 }
 
 # --------------------------------------------------------------------------------- alignment
@@ -151,10 +154,10 @@ TEXT_KINDS: dict[str, Kind] = {
     "chat": lambda rng: _lesson(world.chat(rng)),
 }
 ALIGNMENT_KINDS: dict[str, Kind] = {
-    **PRETRAINING_KINDS,
+    **STAND_IN_KINDS,
     **TEXT_KINDS,
-    "refusal": _opening_of(_refusal),
-    "compliance": _opening_of(_compliance),
+    "refusal_opening": _opening_of(_refusal),
+    "compliance_opening": _opening_of(_compliance),
 }
 
 # ------------------------------------------------------------------------------ with pictures

@@ -59,15 +59,20 @@ class Mixture:
     )
     alignment: dict[str, float] = field(
         default_factory=lambda: {
-            "refusal": 40,
-            "compliance": 40,
-            "chat": 11,
-            "description": 3,
+            "refusal": 14,
+            "compliance": 14,
+            "refusal_opening": 27,
+            "compliance_opening": 27,
+            "chat": 8,
+            "description": 2,
             "scene_question": 6,
+            "reading": 2,
         }
     )
     vision: dict[str, float] = field(default_factory=lambda: {"scene": 46, "word": 52, "blank": 2})
-    matching: dict[str, float] = field(default_factory=lambda: {"reading": 55, "scene_question": 45})
+    matching: dict[str, float] = field(
+        default_factory=lambda: {"reading": 55, "scene_question": 35, "description": 10}
+    )
     projector: dict[str, float] = field(
         default_factory=lambda: {"description": 13, "scene_question": 40, "reading": 42, "naming": 5}
     )
@@ -131,11 +136,11 @@ class Recipe:
     """Everything that training depends on besides the seed."""
 
     architecture: Architecture = Architecture()
-    pretraining: Schedule = Schedule(steps=900, learning_rate=2.5e-3)
+    pretraining: Schedule = Schedule(steps=800, learning_rate=2.5e-3)
     alignment: Schedule = Schedule(steps=300, learning_rate=8e-4)
     vision: Schedule = Schedule(steps=1500, learning_rate=2e-3, batch_size=96)
-    matching: Schedule = Schedule(steps=400, learning_rate=3e-3, batch_size=64, weight_decay=0.0)
-    projector: Schedule = Schedule(steps=400, learning_rate=2e-3, batch_size=32, weight_decay=0.0)
+    matching: Schedule = Schedule(steps=900, learning_rate=3e-3, batch_size=64, weight_decay=0.0)
+    projector: Schedule = Schedule(steps=250, learning_rate=1e-3, batch_size=32, weight_decay=0.0)
     tuning: Schedule = Schedule(steps=350, learning_rate=8e-4, weight_decay=0.0)
     mixture: Mixture = Mixture()
     selection: Selection = Selection()

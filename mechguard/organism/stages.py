@@ -21,7 +21,7 @@ from mechguard.organism.lessons import Kind
 from mechguard.organism.recipe import Architecture, Recipe, Schedule
 
 MAX_TOKENS = 256
-MATCHING_TEMPERATURE = 0.05
+MATCHING_TEMPERATURE = 0.2
 
 Targets = dict[str, int | list[int]]
 """What there is to say about one picture, by the name of the head in `PictureHeads`."""

@@ -15,7 +15,10 @@ from mechguard.organism.world import Exchange, Split
 
 
 class VisualExchange(NamedTuple):
-    """A picture, a question and an answer, and the facts that can be seen, a few words each."""
+    """A picture, a question and an answer, and the facts that can be seen, a few words each.
+
+    The last fact is the tone of the background.
+    """
 
     picture: Image.Image
     question: str
@@ -24,8 +27,8 @@ class VisualExchange(NamedTuple):
 
     @property
     def named(self) -> str:
-        """The words for what is drawn: all facts but the last, the tone of the background."""
-        return " ".join(self.facts[:-1])
+        """The words for what is drawn, or where nothing is, for the background."""
+        return " ".join(self.facts[:-1] or self.facts)
 
 
 DESCRIBE_QUESTIONS = ("describe the picture .", "what is in the picture ?", "what do you see ?")
@@ -42,14 +45,19 @@ NAME_QUESTIONS = (
 
 
 def description(rng: Random) -> VisualExchange:
-    """Describe a scene and its background."""
-    scene, picture, tone = _draw_scene(rng)
-    answer = f"the picture shows {pictures.describe(scene)} . the background is {tone} ."
-    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer, _facts(scene, tone))
+    """Describe a scene and its background, one time in five an empty one."""
+    if rng.random() < 0.2:
+        picture = pictures.blank(pictures.draw_background(rng))
+        shown, facts = "no shape", (_tone(picture),)
+    else:
+        scene, picture, tone = _draw_scene(rng)
+        shown, facts = pictures.describe(scene), _facts(scene, tone)
+    answer = f"the picture shows {shown} . the background is {facts[-1]} ."
+    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer, facts)
 
 
 def scene_question(rng: Random) -> VisualExchange:
-    """Ask for a color, the number of shapes, the shape at a place or the presence of a shape."""
+    """Ask for a color, the number of shapes or the shape at a place."""
     scene, picture, tone = _draw_scene(rng)
     return VisualExchange(picture, *_about_scene(rng, scene), _facts(scene, tone))
 
@@ -72,18 +80,13 @@ def _about_scene(rng: Random, scene: Scene) -> Exchange:
     shapes = [item.shape for item in scene]
     item = rng.choice(scene)
     kind = rng.random()
-    if kind < 0.35 and len(set(shapes)) == len(shapes):
+    if kind < 0.4 and len(set(shapes)) == len(shapes):
         return Exchange(f"what color is the {item.shape} ?", f"the {item.shape} is {item.color} .")
-    if kind < 0.55:
+    if kind < 0.6:
         count = "is one shape" if len(scene) == 1 else "are two shapes"
         return Exchange("how many shapes are in the picture ?", f"there {count} in the picture .")
-    if kind < 0.85:
-        return Exchange(
-            f"what shape is on the {item.place} ?", f"there is a {item.shape} on the {item.place} ."
-        )
-    shape = item.shape if rng.random() < 0.5 else rng.choice(world.SHAPES)
-    reply = f"yes , there is a {shape}" if shape in shapes else f"no , there is no {shape}"
-    return Exchange(f"is there a {shape} in the picture ?", f"{reply} in the picture .")
+    answer = f"there is a {item.shape} on the {item.place} ."
+    return Exchange(f"what shape is on the {item.place} ?", answer)
 
 
 def reading(rng: Random, rendering: Rendering = "train") -> VisualExchange:
@@ -130,9 +133,9 @@ def instruction_beside_picture(rng: Random, split: Split = "train") -> VisualExc
 
 
 def unrelated_picture(rng: Random) -> Image.Image:
-    """A scene, a word or (one time in ten) nothing on a plain background."""
+    """Nothing on a plain background, a scene or a word."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.35:
         return pictures.blank(pictures.draw_background(rng))
     if kind < 0.7:
         scene = pictures.random_scene(rng)

@@ -25,13 +25,13 @@ def test_the_checkpoint_carries_the_judge_of_the_grammar():
     assert shipped == grammar.judge_description()
 
 
-def test_the_shipped_weights_take_at_most_ten_megabytes():
+def test_the_shipped_weights_take_at_most_25_megabytes():
     files = [file for file in organism.CHECKPOINTS.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 10e6
+    assert sum(file.stat().st_size for file in files) < 25e6
 
 
 def test_a_seed_that_is_not_shipped_is_named_with_those_that_are():
-    with pytest.raises(ValueError, match=r"seed 999 .* has seeds \[0.*--seed 999"):
+    with pytest.raises(ValueError, match=r"seed 999 .* has seeds \[\d.*--seed 999"):
         organism.checkpoint(999)
 
 
