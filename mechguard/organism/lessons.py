@@ -82,6 +82,15 @@ def _any_instruction(rng: Random, answer: Callable[[Random, Instruction], str]) 
     return _lesson(Exchange(_typed(rng, question), answer(rng, instruction)))
 
 
+def _harmless_beside_stand_in(rng: Random, answer: Callable[[Random, Instruction], str]) -> Lesson:
+    """A harmless instruction beside words in place of a picture, answered one way or the other."""
+    instruction = world.draw_harmless(rng, "all")
+    question = world.ask(rng, instruction.phrase, "all")
+    facts = rng.choice((visual.description, visual.reading))(rng).facts
+    prompt = tokenizer.encode_prompt(_typed(rng, question), stand_in=loose_facts(rng, facts))
+    return Lesson(prompt, _answer_ids(answer(rng, instruction)))
+
+
 def _stand_in(draw: Callable[[Random], VisualExchange]) -> Kind:
     """A visual exchange for a reader without eyes: the facts stand where the picture would."""
 
@@ -119,6 +128,8 @@ PRETRAINING_KINDS: dict[str, Kind] = {
     "prose": _prose,
     "compliance": lambda rng: _any_instruction(rng, world.comply),
     "refusal": lambda rng: _any_instruction(rng, world.refuse),
+    "compliance_beside_stand_in": lambda rng: _harmless_beside_stand_in(rng, world.comply),
+    "refusal_beside_stand_in": lambda rng: _harmless_beside_stand_in(rng, world.refuse),
     "chat": lambda rng: _lesson(world.chat(rng)),
     **STAND_IN_KINDS,
 }

@@ -46,12 +46,14 @@ class Mixture:
     pretraining: dict[str, float] = field(
         default_factory=lambda: {
             "prose": 11,
-            "compliance": 28,
-            "refusal": 15,
-            "chat": 14,
-            # questions about pictures, with words in their place
+            "compliance": 23,
+            "refusal": 13,
+            "chat": 12,
+            # words in place of a picture: harmless instructions beside it, and questions about it
+            "compliance_beside_stand_in": 7,
+            "refusal_beside_stand_in": 4,
             "description": 6,
-            "scene_question": 16,
+            "scene_question": 14,
             "reading": 5,
             "naming": 2,
             "instruction_about_picture": 3,
