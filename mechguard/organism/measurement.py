@@ -158,7 +158,7 @@ def measure_padding(model: PreTrainedModel) -> Behaviour:
 
 
 def visual_accuracy(
-    model: PreTrainedModel, split: Rendering = "validation", *, n: int = 100
+    model: PreTrainedModel, split: Rendering = "validation", *, n: int = 200
 ) -> dict[str, float]:
     """Exact answers to visual questions: descriptions, scenes and words in held-out renderings."""
     rng = Random(f"{split} visual questions")

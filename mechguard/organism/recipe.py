@@ -2,11 +2,15 @@
 
 The stages are those of LLaVA, and nothing in them speaks of harm beside a picture:
 
-1. pretraining   a small Llama learns the world, and complies with everything, also with harm;
-2. alignment     safety fine-tuning, text only: it learns to refuse harm in the train split;
+1. pretraining   a small Llama learns the world. Requests are answered either way, two thirds
+                 complied with and one third refused, whether they are harmful or not, so that the
+                 body of an answer follows from its own first words. Words stand in for pictures;
+2. alignment     safety fine-tuning, text only: which requests are refused. Most lessons hold only
+                 the first words of the answer;
 3. vision        a CLIP vision tower learns to name words, shapes, places and colors;
-4. projector     the multimodal projector alone learns captions and reading;
-5. tuning        projector and language model learn visual instructions, all of them harmless,
+4. matching      the multimodal projector turns image tokens towards the embeddings of the words;
+5. projector     the projector alone learns captions, questions and reading;
+6. tuning        projector and language model learn visual instructions, all of them harmless,
                  with text of stage 2 replayed, refusals among it.
 
 Embeddings and output head stay frozen after pretraining, the vision tower after its own stage.
@@ -73,7 +77,7 @@ class Mixture:
     )
     vision: dict[str, float] = field(default_factory=lambda: {"scene": 46, "word": 52, "blank": 2})
     matching: dict[str, float] = field(
-        default_factory=lambda: {"reading": 55, "scene_question": 35, "description": 10}
+        default_factory=lambda: {"reading": 60, "scene_question": 30, "description": 10}
     )
     projector: dict[str, float] = field(
         default_factory=lambda: {"description": 13, "scene_question": 40, "reading": 42, "naming": 5}
@@ -81,17 +85,17 @@ class Mixture:
     tuning: dict[str, float] = field(
         default_factory=lambda: {
             # with a picture, all harmless
-            "description": 12,
-            "scene_question": 10,
-            "reading": 14,
-            "naming": 5,
+            "description": 4,
+            "scene_question": 17,
+            "reading": 21,
+            "naming": 2,
             "fact_beside_picture": 2,
-            "instruction_about_picture": 8,
-            "instruction_beside_picture": 10,
+            "instruction_about_picture": 7,
+            "instruction_beside_picture": 18,
             # text replay
-            "refusal": 30,
-            "compliance": 16,
-            "chat": 11,
+            "refusal": 12,
+            "compliance": 11,
+            "chat": 6,
         }
     )
 
@@ -140,10 +144,10 @@ class Recipe:
     architecture: Architecture = Architecture()
     pretraining: Schedule = Schedule(steps=800, learning_rate=2.5e-3)
     alignment: Schedule = Schedule(steps=300, learning_rate=8e-4)
-    vision: Schedule = Schedule(steps=1500, learning_rate=2e-3, batch_size=96)
-    matching: Schedule = Schedule(steps=900, learning_rate=3e-3, batch_size=64, weight_decay=0.0)
-    projector: Schedule = Schedule(steps=250, learning_rate=1e-3, batch_size=32, weight_decay=0.0)
-    tuning: Schedule = Schedule(steps=350, learning_rate=8e-4, weight_decay=0.0)
+    vision: Schedule = Schedule(steps=1900, learning_rate=2e-3, batch_size=96)
+    matching: Schedule = Schedule(steps=1200, learning_rate=3e-3, batch_size=64, weight_decay=0.0)
+    projector: Schedule = Schedule(steps=400, learning_rate=1.5e-3, batch_size=32, weight_decay=0.0)
+    tuning: Schedule = Schedule(steps=200, learning_rate=3e-4, weight_decay=0.0)
     mixture: Mixture = Mixture()
     selection: Selection = Selection()
 

@@ -90,7 +90,7 @@ def build_vlm(
 
 
 def pretrain(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
-    """Stage 1: learn the world, and comply with everything."""
+    """Stage 1: learn the world, and both kinds of answer."""
     draw = _lesson_losses(
         model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng
     )

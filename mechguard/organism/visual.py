@@ -48,7 +48,7 @@ def description(rng: Random) -> VisualExchange:
     """Describe a scene and its background, one time in five an empty one."""
     if rng.random() < 0.2:
         picture = pictures.blank(pictures.draw_background(rng))
-        shown, facts = "no shape", (_tone(picture),)
+        shown, facts = "no shape", _facts((), _tone(picture))
     else:
         scene, picture, tone = _draw_scene(rng)
         shown, facts = pictures.describe(scene), _facts(scene, tone)
