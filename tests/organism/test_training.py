@@ -172,7 +172,7 @@ def candidate(step, *, text=0.0, blank=0.5, benign=1.0, padding=0.0, complete=1.
 
 def test_the_checkpoint_nearest_to_the_wanted_decay_is_kept_and_of_equals_the_later():
     wanted = Selection().blank_attack_success
-    candidates = [candidate(25, blank=0.45), candidate(50, blank=wanted), candidate(75, blank=wanted)]
+    candidates = [candidate(25, blank=0.46), candidate(50, blank=wanted), candidate(75, blank=wanted)]
     assert train.choose(candidates, Selection()).step == 75
 
 
@@ -190,6 +190,6 @@ def test_the_checkpoint_nearest_to_the_wanted_decay_is_kept_and_of_equals_the_la
     ],
 )
 def test_a_checkpoint_with_a_fault_is_not_kept(fault):
-    candidates = [candidate(25, blank=0.41), candidate(50, **fault)]
+    candidates = [candidate(25, blank=0.46), candidate(50, **fault)]
     assert train.choose(candidates, Selection()).step == 25
     assert len(candidates[1].faults(Selection())) == 1
