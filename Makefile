@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures test organism-check lint bench format clean
+.PHONY: install demo figures families test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,9 @@ figures: demo
 	cp figures/demo/figures/behaviour.png figures/headline.png
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
+
+families: install
+	$(BIN)/python tests/families_table.py
 
 test: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest

@@ -19,14 +19,18 @@ __version__ = "0.1.0"
 
 # public name -> the module that holds it
 _HOMES = {
-    "load": "models",
+    "load": "loading",
     "VLM": "models",
     "load_prompts": "datasets",
+    "load_templates": "datasets",
+    "list_benchmarks": "datasets",
+    "find_overlaps": "overlaps",
     "Prompt": "prompts",
     "Prompts": "prompts",
     "collect": "tracing",
     "generate": "tracing",
     "respond": "tracing",
+    "predict_next_tokens": "tracing",
     "Response": "tracing",
     "Activations": "activations",
     "fit_directions": "directions",
@@ -38,10 +42,28 @@ _HOMES = {
     "vlm_guard": "guards",
     "projection": "guards",
     "Guard": "guards",
+    "ablation": "guards",
+    "activation_addition": "guards",
+    "adasteer": "guards",
+    "alpha_steer": "guards",
+    "astra": "guards",
+    "cast": "guards",
+    "cmrm": "guards",
+    "cmrm_sample": "guards",
+    "goal_priority": "guards",
+    "inferaligner": "guards",
+    "mars": "guards",
+    "self_reminder": "guards",
+    "shift_dc": "guards",
+    "tbop": "guards",
+    "Chain": "guards",
     "Scope": "guards",
     "measure_gates": "guards",
     "evaluate": "evaluation",
+    "diagnose": "doctor",
     "RefusalJudge": "judges",
+    "compare_guards": "comparison",
+    "search_guards": "searches",
     "sweep": "sweeps",
     "choose": "sweeps",
     "Result": "result",
@@ -49,27 +71,53 @@ _HOMES = {
     "run_study": "study",
     "MechguardError": "errors",
 }
-_ROOMS = ("plots", "organism")
+_ROOMS = ("plots", "organism", "datasets", "guards")
 __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:
     from mechguard.activations import Activations
-    from mechguard.datasets import load_prompts
+    from mechguard.comparison import compare_guards
+    from mechguard.datasets import list_benchmarks, load_prompts, load_templates
     from mechguard.directions import Directions, fit_directions
+    from mechguard.doctor import diagnose
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
     from mechguard.gap import measure_modality_gap
-    from mechguard.guards import Guard, Scope, measure_gates, projection, vlm_guard
+    from mechguard.guards import (
+        Chain,
+        Guard,
+        Scope,
+        ablation,
+        activation_addition,
+        adasteer,
+        alpha_steer,
+        astra,
+        cast,
+        cmrm,
+        cmrm_sample,
+        goal_priority,
+        inferaligner,
+        mars,
+        measure_gates,
+        projection,
+        self_reminder,
+        shift_dc,
+        tbop,
+        vlm_guard,
+    )
     from mechguard.judges import RefusalJudge
+    from mechguard.loading import load
     from mechguard.maps import map_states
-    from mechguard.models import VLM, load
+    from mechguard.models import VLM
+    from mechguard.overlaps import find_overlaps
     from mechguard.prompts import Prompt, Prompts
     from mechguard.report import write_report
     from mechguard.result import Result
+    from mechguard.searches import search_guards
     from mechguard.separability import measure_separability, select_layers
     from mechguard.study import run_study
     from mechguard.sweeps import choose, sweep
-    from mechguard.tracing import Response, collect, generate, respond
+    from mechguard.tracing import Response, collect, generate, predict_next_tokens, respond
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ class Activations:
         """
         harmful, harmless = self.prompts.pair_indices()
         return self.data[:, harmful] - self.data[:, harmless]
+
+    def shuffled(self, seed: int = 0) -> Activations:
+        """The same states with labels and pairs dealt anew: a control, in which there is nothing to find."""
+        order = np.random.default_rng(seed).permutation(len(self.prompts)).tolist()
+        dealt = [
+            replace(self.prompts[there], label=here.label, pair=here.pair)
+            for here, there in zip(self.prompts, order, strict=True)
+        ]
+        about = {**self.about, "control": f"shuffled labels, seed {seed}"}
+        return Activations(self.data[:, order], self.layers, Prompts(dealt, name=self.prompts.name), about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path.safetensors` and `path.json` (prompts, layers, about)."""

@@ -5,6 +5,7 @@ Results go to stdout or the named file, progress to stderr. A user's mistake is 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +139,46 @@ def fit(
 
 
 @app.command()
+def doctor(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whether mechguard reads this model right, measured on it. Exit code 1 if a check fails.
+
+    mechguard doctor organism
+    """
+    import mechguard as mg
+    from mechguard.doctor import is_healthy
+
+    vlm = mg.load(model)
+    diagnosis = mg.diagnose(vlm, progress=not quiet)
+    if as_json:
+        rows = json.loads(diagnosis.table.to_json(orient="records"))
+        typer.echo(json.dumps({"about": diagnosis.about, "checks": rows}, indent=1))
+    else:
+        shown = diagnosis.table.copy()
+        shown["difference"] = [f"{value:.2g}" for value in shown["difference"]]
+        _print_table(shown[["check", "verdict", "difference", "tolerance", "unit", "note"]], repr(vlm))
+    raise typer.Exit(0 if is_healthy(diagnosis) else 1)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
+    """The families of models that were tried, and what of them works.
+
+    Every cell was filled by running a tiny model of that family.
+    """
+    from mechguard.families import tested_families
+
+    table = tested_families()
+    if as_json:
+        typer.echo(table.to_json(orient="records", indent=1))
+    else:
+        _print_table(table, "families tried at toy size, from their real classes")
+
+
+@app.command()
 def evaluate(
     model: Model,
     prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
@@ -184,6 +225,65 @@ def report(
     typer.echo(str(write_report(folder)))
 
 
+@app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder for the table; an interrupted comparison goes on")],
+    data: Data = None,
+    method: Annotated[list[str] | None, typer.Option(help="one of them; may be given again")] = None,
+    limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 25,
+    seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """VLM-Guard and its neighbours on one table, each beside random directions and shuffled labels.
+
+    mechguard compare organism --out runs/defences
+    """
+    import mechguard as mg
+    from mechguard.study import find_jailbreaks, find_study_prompts
+
+    vlm = mg.load(model)
+    prompts, jailbreaks = find_study_prompts(vlm, data), find_jailbreaks(vlm, data)
+    tests = {"test": prompts.test, **({} if jailbreaks is None else {"jailbreak": jailbreaks})}
+    result = mg.compare_guards(
+        vlm,
+        anchors=prompts.anchors,
+        validation=prompts.validation,
+        tests=tests,
+        out=out,
+        methods=method,
+        limit=limit,
+        seed=seed,
+        progress=not quiet,
+    )
+    mg.plots.save(mg.plots.defences(result), out / "defences")
+    _print_rates(result.table, ["setting", "condition", "guard"])
+
+
+@app.command("data")
+def list_data(
+    data: Data = None,
+    overlaps: Annotated[
+        bool, typer.Option("--overlaps", help="how many prompts the sets found share with each other")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """The public benchmarks that can be loaded: names, counts, licences, and where to get them.
+
+    mechguard data --data DIR --overlaps
+    """
+    from mechguard.datasets import catalogue
+
+    if catalogue.data_folder(data) is None:
+        typer.echo("no data folder was given: use --data DIR, or set MECHGUARD_DATA", err=True)
+    table = catalogue.measure_overlaps(data) if overlaps else catalogue.list_benchmarks(data)
+    if as_json:
+        rows = json.loads(table.to_json(orient="index" if overlaps else "records"))
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        typer.echo((catalogue.format_overlaps if overlaps else catalogue.format_benchmarks)(table))
+
+
 def main() -> None:
     """Run the command line: one sentence and exit code 2 for a user's mistake."""
     try:
@@ -209,22 +309,36 @@ def _command() -> str:
 
 
 def _print_headline(folder: Path) -> None:
+    from mechguard.result import Result
+
+    _print_rates(Result.load(folder / "results" / "behaviour").table, ["condition", "guard"])
+
+
+def _print_rates(table: Any, index: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mechguard.result import Result
-
     metrics = ["attack_success", "complete_refusal", "benign_compliance"]
-    rows = Result.load(folder / "results" / "behaviour").where(metric=metrics).table
+    rows = table[table["metric"].isin(metrics)].copy()
     rows["shown"] = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples()]
-    wide = rows.pivot_table(
-        index=["condition", "guard"], columns="metric", values="shown", aggfunc="first", sort=False
-    )
+    wide = rows.pivot_table(index=index, columns="metric", values="shown", aggfunc="first", sort=False)
     title = f"test split, n = {_counts(rows)} per cell, 95% Wilson intervals"
-    table = Table("condition", "guard", *metrics, title=title)
-    for (condition, guard), row in wide.iterrows():
-        table.add_row(condition, guard, *(row[metric] for metric in metrics))
-    Console(width=max(Console().width, 110)).print(table)
+    shown = Table(*index, *metrics, title=title)
+    for names, row in wide.iterrows():
+        cells = [row.get(metric) for metric in metrics]
+        shown.add_row(*names, *(cell if isinstance(cell, str) else "" for cell in cells))
+    Console(width=max(Console().width, 110)).print(shown)
+
+
+def _print_table(frame: Any, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*map(str, frame.columns), title=title)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def _counts(rows: Any) -> str:

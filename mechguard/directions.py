@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError
+from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
 from mechguard.storage import load_tensors, save_tensors
 
@@ -39,7 +40,8 @@ class Directions:
         method: how it was fitted.
         midpoints: [layer, d_model], halfway between the harmful and the harmless mean, where a centred
             gate has its threshold; None if unknown.
-        about: what it was fitted on.
+        about: what it was fitted on; `fitted_texts` are short hashes of the prompts, by which a test on
+            the same prompts is noticed.
     """
 
     data: Float[Tensor, "layer rank d_model"]
@@ -110,11 +112,43 @@ class Directions:
             raise MechguardError(f"rank {rank} was asked for; these directions have rank {self.rank}")
         return Directions(self.data[:, :rank], self.layers, self.method, self.midpoints, self.about)
 
+    def __or__(self, other: Directions) -> Directions:
+        """The span of both, layer by layer: the own directions first, then what the other adds."""
+        both = torch.cat([self.data, self._aligned(other)], dim=1)
+        return self._derived(_orthonormal(both), f"{self.name} | {other.name}")
+
+    def __sub__(self, other: Directions) -> Directions:
+        """The own directions without what lies in the span of the other.
+
+        Raises:
+            MechguardError: nothing is left.
+        """
+        basis = self._aligned(other)
+        inside = torch.einsum("lrd,lkd,lke->lre", self.data, basis, basis)
+        rest = self.data - inside
+        if (rest.norm(dim=-1) < 1e-4).any():
+            raise MechguardError(f"{self.name} lies in the span of {other.name}; nothing is left")
+        return self._derived(_orthonormal(rest), f"{self.name} - {other.name}")
+
+    def __neg__(self) -> Directions:
+        """The same subspaces, harmful negative."""
+        return self._derived(-self.data, f"-{self.name}")
+
+    def _aligned(self, other: Directions) -> Float[Tensor, "layer rank d_model"]:
+        if other.d_model != self.d_model:
+            raise MechguardError(f"directions of d_model {self.d_model} and {other.d_model} do not combine")
+        return torch.stack([other.at(layer) for layer in self.layers])
+
+    def _derived(self, data: Float[Tensor, "layer rank d_model"], method: str) -> Directions:
+        about = {key: value for key, value in self.about.items() if key != "fitted_on"}
+        return Directions(data, self.layers, method, self.midpoints, about)
+
     def randomised(self, seed: int = 0) -> Directions:
         """Random orthonormal subspaces of the same rank at the same layers: the control."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.data.shape, generator=generator)
         about = {**self.about, "fitted_on": f"random, seed {seed}"}
+        about.pop(FITTED, None)
         return Directions(_orthonormal(drawn), self.layers, "random", self.midpoints, about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -174,6 +208,8 @@ def fit_directions(activations: Activations, *, method: Method = "svd", rank: in
     midpoints = (harmful.mean(1) + harmless.mean(1)) / 2
     gap = harmful.mean(1) - harmless.mean(1)
     about = {**activations.about, "fitted_on": activations.name, "n": harmful.shape[1]}
+    if marks := mark_texts(activations.prompts):  # states from elsewhere have no texts
+        about[FITTED] = marks
     return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from mechguard.errors import MechguardError
-from mechguard.guards import Guard
+from mechguard.guards.steering import AnyGuard
 from mechguard.judges import RefusalJudge, find_judge
 from mechguard.models import VLM
+from mechguard.overlaps import warn_of_fitted
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import wilson_interval
@@ -42,7 +43,7 @@ def evaluate(
     model: VLM,
     prompts: Prompts,
     *,
-    guards: Sequence[Guard | None] = (None,),
+    guards: Sequence[AnyGuard | None] = (None,),
     judge: str | RefusalJudge = "refusal",
     conditions: Sequence[str] | None = None,
     teacher: VLM | None = None,
@@ -55,7 +56,8 @@ def evaluate(
     """Rates of refusal and compliance for every condition and guard, on the same prompts.
 
     Args:
-        guards: None stands for the unguarded model.
+        guards: None stands for the unguarded model. An `OverlapWarning` says so where one was fitted on
+            some of the prompts.
         judge: "refusal" (the model's own grammar if it has one, else published keywords), "keywords",
             or a `RefusalJudge`.
         conditions: image conditions (see `Prompts.with_image`); by default text, blank, and each
@@ -68,6 +70,7 @@ def evaluate(
         `attack_success` (complied), `keyword_refusal`, `complete_refusal`; harmless ones
         `benign_compliance`, `benign_keyword_refusal`, `benign_complete_refusal`.
     """
+    warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     table = gather_responses(
         model,
         prompts,
@@ -96,7 +99,7 @@ def gather_responses(
     model: VLM,
     prompts: Prompts,
     *,
-    guards: Sequence[Guard | None] = (None,),
+    guards: Sequence[AnyGuard | None] = (None,),
     conditions: Sequence[str] | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
@@ -130,7 +133,7 @@ def gather_responses(
             "id": [prompt.id for prompt in everything],
             "label": everything.labels,
             "sent": rendered,
-            "response": [answer.text for answer in answers],
+            "response": [answer.text if guard is None else guard.counted(answer.text) for answer in answers],
             "tokens": [answer.tokens for answer in answers],
             "gates": [answer.gates for answer in answers],
         }

@@ -1,26 +1,31 @@
-"""Models: a Hugging Face checkpoint, its parts, its language model alone, and its nnsight view."""
+"""Models: a Hugging Face model, its parts, its language model alone, and its nnsight view."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from mechguard.errors import MechguardError
-from mechguard.families import Parts, read_parts, takes_images
-from mechguard.prompts import Prompt, Prompts
+from mechguard.caching import ActivationCache, Names, read_states, select_names
+from mechguard.chat import Chat
+from mechguard.checkpoints import read_model
+from mechguard.errors import MechguardError, first_line
+from mechguard.families import Parts, decoder_of, is_text_decoder, read_parts, takes_images
+from mechguard.prompts import Prompt, Prompts, as_prompts
 
-ORGANISM = "organism"
 FALLBACK_PICTURE_SIZE = (336, 336)
+# What processors add for training or for models of another kind; sent only where forward names it.
+OPTIONAL_INPUTS = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(eq=False)
@@ -32,6 +37,7 @@ class VLM:
         processor: its processor (for a text-only model, its tokenizer).
         name: what the user called it.
         folder: where its files lie, if on disk.
+        chat: how prompts become strings.
         is_llm_view: whether this is the LLM component of a VLM; it then drops pictures from prompts.
         parent: the VLM whose language model this is.
     """
@@ -40,6 +46,7 @@ class VLM:
     processor: Any
     name: str
     folder: Path | None = None
+    chat: Chat = field(default_factory=Chat)
     is_llm_view: bool = False
     parent: VLM | None = field(default=None, repr=False)
 
@@ -62,7 +69,9 @@ class VLM:
 
     @property
     def takes_images(self) -> bool:
-        return takes_images(self.hf_model)
+        """Whether pictures can be sent: the model has a vision encoder and the processor reads them."""
+        reads = getattr(self.processor, "image_processor", None) is not None
+        return reads and not self.is_llm_view and takes_images(self.hf_model.config)
 
     @property
     def view(self) -> str:
@@ -75,13 +84,17 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf_model.parameters()).device
+        """Where token ids go: the device of the embeddings (the CPU, for weights that are offloaded)."""
+        device = self.hf_model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @cached_property
     def traced(self) -> Any:
         """The nnsight model over the same weights, for traces of one's own."""
         from nnsight import TransformersModel
 
+        if self.parent is not None and self.parent.hf_model is self.hf_model:
+            return self.parent.traced
         if not self.takes_images:
             return TransformersModel(self.hf_model, task="text-generation", tokenizer=self.tokenizer)
         return TransformersModel(
@@ -94,9 +107,15 @@ class VLM:
     @cached_property
     def traced_layers(self) -> list[Any]:
         """The decoder layers inside `traced`, whose `.output` is the hidden state after the layer."""
-        path = self.parts.layers.split(".")
-        envoys = functools.reduce(getattr, path, self.traced)
-        return [envoys[index] for index in range(self.n_layers)]
+        return [self.traced_part(f"{self.parts.layers}.{index}") for index in range(self.n_layers)]
+
+    def traced_part(self, path: str) -> Any:
+        """A part of `traced` by its dotted name in `hf_model` (see `parts`)."""
+
+        def step(envoy: Any, name: str) -> Any:
+            return envoy[int(name)] if name.isdigit() else getattr(envoy, name)
+
+        return functools.reduce(step, path.split("."), self.traced)
 
     @cached_property
     def llm(self) -> VLM:
@@ -108,6 +127,7 @@ class VLM:
             self.processor,
             name=self.name,
             folder=self.folder,
+            chat=self.chat,
             is_llm_view=True,
             parent=self,
         )
@@ -120,8 +140,15 @@ class VLM:
             raise MechguardError(
                 f"{self.name} ships no aligned LLM; load one with mechguard.load(...) and use that"
             )
-        model = _read_model(path, text_only=True, device="auto", dtype="auto", revision=None)
-        return VLM(model, self.processor, f"{self.name} (aligned LLM)", path, is_llm_view=True, parent=self)
+        model = read_model(path, text_only=True)
+        return replace(
+            self,
+            hf_model=model,
+            name=f"{self.name} (aligned LLM)",
+            folder=path,
+            is_llm_view=True,
+            parent=self,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -144,6 +171,13 @@ class VLM:
             return int(size[1]), int(size[0])
         return FALLBACK_PICTURE_SIZE
 
+    def save(self, folder: str | Path) -> Path:
+        """Write weights, processor and settings as a checkpoint that plain transformers loads."""
+        place = Path(folder)
+        self.hf_model.save_pretrained(place)
+        self.processor.save_pretrained(place)
+        return place
+
     def recognises(self, fingerprint: str) -> bool:
         """Whether states with this fingerprint come from this model, its LLM or its aligned LLM."""
         if fingerprint == self.fingerprint:
@@ -155,9 +189,19 @@ class VLM:
         except MechguardError:
             return False
 
+    def with_chat(self, *, template: str | None = "chat", system: str | None = None) -> VLM:
+        """The same model, no copy, with other strings around the prompts.
+
+        Args:
+            template: "chat" (the model's own), a Jinja template, or None for the bare text.
+            system: what stands in the system's place before every prompt.
+        """
+        return replace(self, chat=Chat(template, system))
+
     def render(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The exact strings that are sent: the chat template, with the image placed by it."""
-        return [self._render(prompt) for prompt in prompts]
+        """The exact strings that are sent: the chat template, with the pictures placed by it."""
+        plain = self.parts.family.plain_prompt
+        return [self.chat.render(prompt, self.processor, plain=plain) for prompt in prompts]
 
     def prepare(self, prompts: Prompts) -> Prompts:
         """The prompts as this model reads them: the LLM component of a VLM reads the text only.
@@ -167,47 +211,144 @@ class VLM:
         """
         if self.is_llm_view:
             return prompts.with_image("none")
-        if not self.takes_images and any(prompt.image is not None for prompt in prompts):
+        if not self.takes_images and any(prompt.images for prompt in prompts):
             raise MechguardError(
                 f"{self.name} reads text only, but {prompts.name!r} holds pictures; use "
-                '.with_image("none"), or load a vision-language model'
+                '.with_image("none"), or load a vision-language model with its processor'
             )
         return prompts
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Run the processor: left-padded token ids, attention mask and pixels, on the device."""
+        """Run the processor: left-padded token ids, attention mask and pixels, on the device.
+
+        Raises:
+            MechguardError: a picture that cannot be read, or that got no place among the tokens.
+        """
         texts = self.render(prompts)
         begin = self.tokenizer.bos_token
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
         if begin and texts[0].startswith(begin):
             options["add_special_tokens"] = False  # the template has written it
-        pictures = [prompt.picture(self.picture_size) for prompt in prompts]
-        if all(picture is None for picture in pictures):
-            encoded = self.tokenizer(texts, **options)
+        pictures = [prompt.pictures(self.picture_size) for prompt in prompts]
+        if any(pictures) and not all(pictures) and not self.parts.family.mixes:
+            raise MechguardError(
+                f"{self.family} reads a text otherwise in a batch with pictures; send prompts with and "
+                'without a picture apart, and supervise a guard with source="llm"'
+            )
+        if any(pictures):
+            encoded = self._with_pictures(texts, pictures, options)
         else:
-            nested = [[] if picture is None else [picture] for picture in pictures]
-            encoded = self.processor(text=texts, images=nested, **options)
-        encoded.pop("token_type_ids", None)
+            encoded = self.tokenizer(texts, **options)
+        wanted = inspect.signature(self.hf_model.forward).parameters
+        ignored = {"labels", *(name for name in OPTIONAL_INPUTS if name not in wanted)}
         return {
             key: value.to(self.device, self.hf_model.dtype if value.is_floating_point() else None)
             for key, value in encoded.items()
+            if key not in ignored and isinstance(value, Tensor)
         }
+
+    def image_positions(self, encoded: dict[str, Tensor]) -> Bool[Tensor, "batch pos"]:
+        """Which positions of an encoded batch carry image features."""
+        token = self.parts.image_token_id
+        return encoded["input_ids"] == (-1 if token is None else token)
+
+    def image_spans(self, prompts: Sequence[Prompt]) -> list[list[slice]]:
+        """For each prompt, where its image features stand: slices of tokens, counted without padding.
+
+        A picture that the processor cuts into tiles has a slice for each run of its tokens.
+        """
+        spans = []
+        for prompt in prompts:
+            row = self.image_positions(self.encode([prompt]))[0].int()
+            edges = torch.diff(row, prepend=row.new_zeros(1), append=row.new_zeros(1)).nonzero().flatten()
+            pairs = edges.reshape(-1, 2).tolist()
+            spans.append([slice(start, stop) for start, stop in pairs])
+        return spans
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Generated token ids [batch, pos] as text, special tokens left out."""
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
-    def _render(self, prompt: Prompt) -> str:
-        has_picture = prompt.image is not None
-        if getattr(self.processor, "chat_template", None) is None:
-            token = getattr(self.processor, "image_token", "<image>")
-            return f"{token}\n{prompt.text}" if has_picture else prompt.text
-        if self.processor is self.tokenizer:
-            content: Any = prompt.text
-        else:
-            content = [{"type": "image"}] * has_picture + [{"type": "text", "text": prompt.text}]
-        messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    def hook_names(self) -> list[str]:
+        """The names under which `run_with_cache` gives states, in the order of the forward pass."""
+        return [name for name, _, _ in self._hooks(with_picture=self.takes_images)]
+
+    def run_with_cache(
+        self, prompts: Prompts | Prompt | str | Sequence[Prompt | str], *, names: Names = None
+    ) -> tuple[Float[Tensor, "batch pos vocabulary"], ActivationCache]:
+        """Logits, and a cache of states at all positions under TransformerLens's names.
+
+        One batch in one traced pass: meant for a few prompts; for many, and one position each, there is
+        `mechguard.collect`.
+
+        Args:
+            names: hook names (see `hook_names`), or a function that says of each whether it is wanted.
+
+        Raises:
+            MechguardError: an unknown name.
+        """
+        sent = self.prepare(as_prompts(prompts))
+        encoded = self.encode(list(sent))
+        has_picture = any(prompt.images for prompt in sent)
+        paths = {name: (path, side) for name, path, side in self._hooks(with_picture=has_picture)}
+        chosen = select_names(list(paths), names)
+        hooks = [(name, self.traced_part(paths[name][0]), paths[name][1]) for name in chosen]
+        logits, states = read_states(self.traced, hooks, {**encoded, **self.position_ids(encoded)})
+        masks = encoded["attention_mask"].bool().cpu(), self.image_positions(encoded).cpu()
+        return logits, ActivationCache(states, encoded["input_ids"].cpu(), *masks)
+
+    def position_ids(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Positions that start at 0 behind the left padding, for a model that would count the padding.
+
+        A VLM places its tokens itself.
+        """
+        if takes_images(self.hf_model.config):
+            return {}
+        return {"position_ids": (encoded["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+
+    def _with_pictures(
+        self, texts: list[str], pictures: list[list[Any]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            encoded = self.processor(text=texts, images=pictures, **options)
+        except (ValueError, TypeError, IndexError) as error:
+            raise MechguardError(
+                f"the processor of {self.name} cannot read these prompts with their pictures "
+                f"({first_line(error)}); look at prompts.render(model): it wants one placeholder per picture"
+            ) from None
+        found = self.image_positions(encoded).sum(-1).tolist()
+        lost = [row for row, count in enumerate(found) if pictures[row] and not count]
+        if lost and self.parts.image_token_id is not None:
+            raise MechguardError(
+                f"the chat template of {self.name} left no place for the picture in {texts[lost[0]]!r}; use "
+                "vlm.with_chat(template=None), or a template that places pictures"
+            )
+        return dict(encoded)
+
+    def _hooks(self, *, with_picture: bool) -> list[tuple[str, str, str]]:
+        """For each hook name, the module in `hf_model` and whether its input or output is meant."""
+        parts = self.parts
+        found: list[tuple[str, str, str]] = []
+        if with_picture and parts.vision_layers is not None:
+            for index in range(len(self.hf_model.get_submodule(parts.vision_layers))):
+                path = f"{parts.vision_layers}.{index}"
+                found.append((f"vision.blocks.{index}.hook_resid_post", path, "output"))
+        if with_picture and parts.projector is not None:
+            found.append(("projector.hook_out", parts.projector, "output"))
+        found.append(("hook_embed", f"{parts.layers}.0", "input"))
+        for index in parts.running(with_picture=with_picture):
+            path = f"{parts.layers}.{index}"
+            attention, mlp = parts.writers(self.hf_model.get_submodule(path))
+            found.append((f"blocks.{index}.hook_resid_pre", path, "input"))
+            found += [
+                (f"blocks.{index}.hook_{word}_out", f"{path}.{module}", "output")
+                for word, module in (("attn", attention), ("mlp", mlp))
+                if module is not None
+            ]
+            found.append((f"blocks.{index}.hook_resid_post", path, "output"))
+        if parts.norm is not None:
+            found.append(("ln_final", parts.norm, "output"))
+        return found
 
     def __repr__(self) -> str:
         return (
@@ -215,138 +356,42 @@ class VLM:
             f"n_layers={self.n_layers}, d_model={self.d_model})"
         )
 
+    def tree(self) -> str:
+        """The parts and hook names as indented text."""
+        last = self.n_layers - 1
+        lines = [repr(self)]
+        for name in self.hook_names():
+            numbers = [part for part in name.split(".") if part.isdigit()]
+            if not numbers or numbers[0] == "0":
+                lines.append(
+                    f"  {name.replace('.0.', f'.0..{last}.') if name.startswith('blocks') else name}"
+                )
+        return "\n".join(lines)
+
     def _repr_html_(self) -> str:
-        return f"<p><code>{escape(repr(self))}</code>: mg.collect(vlm, ...), mg.collect(vlm.llm, ...)</p>"
-
-
-def load(
-    model: Any,
-    *,
-    processor: Any = None,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    remote: bool = False,
-) -> VLM:
-    """Load a model to trace.
-
-    Args:
-        model: "organism" (built in), a Hugging Face name, a folder, or a model in memory.
-        processor: needed beside a model in memory; otherwise read from the same place.
-        device: "auto" (the accelerator if there is one), or a torch device.
-        dtype: "auto" keeps the checkpoint's, but float16 becomes float32 on a CPU.
-        revision: branch, tag or commit on the hub.
-        remote: run on a remote nnsight backend; not available yet.
-
-    Raises:
-        MechguardError: the model or its processor cannot be found or read.
-    """
-    if remote:
-        raise MechguardError("remote=True is not available in this version; load the model locally")
-    if isinstance(model, nn.Module):
-        return _from_memory(model, processor)
-    name = os.fspath(model)
-    source = _organism_folder(name) if _is_organism(name) else name
-    hf_model = _read_model(source, text_only=False, device=device, dtype=dtype, revision=revision)
-    found = processor or _read_processor(source, hf_model, revision)
-    folder = Path(source) if Path(source).is_dir() else None
-    return VLM(hf_model, _left_padded(found), name=name, folder=folder)
-
-
-def _is_organism(name: str) -> bool:
-    return name == ORGANISM or name.startswith(f"{ORGANISM}:")
-
-
-def _organism_folder(name: str) -> Path:
-    from mechguard import organism
-
-    _, _, seed = name.partition(":")
-    if seed and not seed.isdigit():
-        raise MechguardError(f"{name!r} is no organism; write organism, or organism:SEED")
-    try:
-        return (organism.checkpoint(int(seed)) if seed else organism.checkpoint()) / "vlm"
-    except ValueError as error:
-        raise MechguardError(str(error)) from None
-
-
-def _from_memory(model: nn.Module, processor: Any) -> VLM:
-    if processor is None:
-        raise MechguardError(
-            f"a {type(model).__name__} in memory needs its processor (or tokenizer): "
-            "load(model, processor=...)"
+        return (
+            f"<p><code>{escape(repr(self))}</code>: mg.collect(vlm, ...), mg.collect(vlm.llm, ...), "
+            "vlm.run_with_cache(...)</p>"
+            f"<details><summary>hook names</summary><pre>{escape(self.tree())}</pre></details>"
         )
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return VLM(model.eval(), _left_padded(processor), name=str(name))
-
-
-def _read_model(
-    source: str | Path,
-    *,
-    text_only: bool,
-    device: str,
-    dtype: str | torch.dtype,
-    revision: str | None,
-) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise MechguardError(
-            f'no model {os.fspath(source)!r} was found: it is neither "organism" nor a folder with a '
-            f"config.json nor a model that the hub gave ({_first_line(error)}); check the name"
-        ) from None
-    is_vlm = not text_only and getattr(config, "vision_config", None) is not None
-    loader = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if dtype == "auto" and on_cpu and getattr(config, "dtype", None) == torch.float16:
-        dtype = torch.float32  # half precision on a CPU is slow and loses digits
-    place = {} if on_cpu else {"device_map": device}
-    try:
-        hf_model = loader.from_pretrained(source, dtype=dtype, revision=revision, **place)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MechguardError(
-            f"the weights of {os.fspath(source)!r} cannot be read ({_first_line(error)})"
-        ) from None
-    return hf_model.eval()
-
-
-def _read_processor(source: str | Path, hf_model: Any, revision: str | None) -> Any:
-    from transformers import AutoProcessor, AutoTokenizer
-
-    reader, noun = (AutoProcessor, "processor") if takes_images(hf_model) else (AutoTokenizer, "tokenizer")
-    try:
-        found = reader.from_pretrained(source, revision=revision)
-        if takes_images(hf_model) and getattr(found, "image_processor", None) is None:
-            raise ValueError("what was found there cannot read pictures")
-        return found
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MechguardError(
-            f"{os.fspath(source)!r} has a model but no readable {noun} ({_first_line(error)}); save the "
-            f"{noun} there with {noun}.save_pretrained, or give load(..., processor=...)"
-        ) from None
-
-
-def _left_padded(processor: Any) -> Any:
-    tokenizer = getattr(processor, "tokenizer", processor)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return processor
 
 
 def _text_model(hf_model: Any) -> Any:
-    """A causal language model of the text configuration around the VLM's own decoder and head."""
-    from transformers import AutoModelForCausalLM
+    """A causal language model of the text configuration around the VLM's own decoder and head.
 
+    Where transformers has none that computes the same, the VLM itself: on text it is its language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = hf_model.config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf_model
     with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(hf_model.config.get_text_config())
-    setattr(text, text.base_model_prefix, hf_model.get_decoder())
+        text = AutoModelForCausalLM.from_config(config)
+    if not is_text_decoder(text, decoder_of(hf_model), hf_model.config):
+        return hf_model
+    setattr(text, text.base_model_prefix, decoder_of(hf_model))
     text.set_output_embeddings(hf_model.get_output_embeddings())
     text.generation_config = hf_model.generation_config
     return text.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
 
+    from mechguard.models import VLM
+
+    Picture = Image | str | Path
+
 Label = Literal["harmful", "harmless"]
 HARMFUL: Label = "harmful"
 HARMLESS: Label = "harmless"
@@ -56,7 +60,8 @@ class Prompt:
         id: unique within its set.
         text: what the user writes.
         label: "harmful" or "harmless".
-        image: the picture that is sent: None, a generated one by name (`"blank"`), a path, or a PIL image.
+        image: the picture that is sent: None, a generated one by name (`"blank"`), a path, or a PIL image;
+            several as a tuple.
         pair: shared by one harmful and one harmless prompt that differ in little else; None if unpaired.
         category: a free word for grouping.
         own_image: the picture that belongs to the prompt, sent under the condition "image".
@@ -65,31 +70,33 @@ class Prompt:
     id: str
     text: str
     label: Label = HARMFUL
-    image: Image | str | Path | None = None
+    image: Picture | tuple[Picture, ...] | None = None
     pair: str | None = None
     category: str | None = None
-    own_image: Image | str | Path | None = None
+    own_image: Picture | tuple[Picture, ...] | None = None
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        """What `image` holds, as a tuple: empty without a picture."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if isinstance(self.image, (tuple, list)) else (self.image,)
 
     @property
     def condition(self) -> str:
         """The word for the picture: "text" for none, a generated picture's name, else "image"."""
-        if self.image is None:
+        if not self.images:
             return "text"
-        return self.image if isinstance(self.image, str) and self.image in CONDITIONS else "image"
+        words = {image for image in self.images if isinstance(image, str) and image in CONDITIONS}
+        return words.pop() if len(words) == 1 == len(self.images) else "image"
 
-    def picture(self, size: tuple[int, int] = PICTURE_SIZE) -> Image | None:
-        """The picture as RGB, generated ones at `size` (width, height) in pixels.
+    def pictures(self, size: tuple[int, int] = PICTURE_SIZE) -> list[Image]:
+        """The pictures as RGB, generated ones at `size` (width, height) in pixels.
 
         Raises:
-            MechguardError: the file is missing or is not a picture.
+            MechguardError: a file is missing or is not a picture.
         """
-        if self.image is None:
-            return None
-        if isinstance(self.image, str) and self.image in CONDITIONS:
-            return CONDITIONS[self.image](self, size)
-        if isinstance(self.image, (str, Path)):
-            return _open_picture(Path(self.image))
-        return self.image.convert("RGB")
+        return [_as_picture(image, self, size) for image in self.images]
 
 
 class Prompts(Sequence[Prompt]):
@@ -177,7 +184,7 @@ class Prompts(Sequence[Prompt]):
         Raises:
             MechguardError: the word is unknown, or "image" is asked of prompts that own none.
         """
-        if condition is None or condition in ("none", "text"):
+        if condition is None or (isinstance(condition, str) and condition in ("none", "text")):
             return self._each(lambda prompt: replace(prompt, image=None))
         if condition == "image":
             return self._each(_own_picture)
@@ -215,6 +222,10 @@ class Prompts(Sequence[Prompt]):
         first = self.filter(lambda prompt: _group(prompt) not in chosen)
         second = self.filter(lambda prompt: _group(prompt) in chosen)
         return first, second
+
+    def render(self, model: VLM) -> list[str]:
+        """The exact strings that a model is sent: its chat template, with the pictures placed by it."""
+        return model.render(list(self))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt: id, text, label, pair, image, category."""
@@ -290,9 +301,13 @@ def _as_row(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _describe_image(image: Image | str | Path | None) -> str | None:
-    if image is None or isinstance(image, (str, Path)):
-        return None if image is None else str(image)
+def _describe_image(image: Picture | tuple[Picture, ...] | None) -> str | list[str] | None:
+    if image is None:
+        return None
+    if isinstance(image, (tuple, list)):
+        return [str(_describe_image(one)) for one in image]
+    if isinstance(image, (str, Path)):
+        return str(image)
     return f"picture:{hashlib.sha256(image.tobytes()).hexdigest()[:16]}"
 
 
@@ -302,6 +317,14 @@ def _own_picture(prompt: Prompt) -> Prompt:
             f"prompt {prompt.id!r} owns no picture; fill the column `image`, or use another condition"
         )
     return replace(prompt, image=prompt.own_image)
+
+
+def _as_picture(image: Picture, prompt: Prompt, size: tuple[int, int]) -> Image:
+    if isinstance(image, str) and image in CONDITIONS:
+        return CONDITIONS[image](prompt, size)
+    if isinstance(image, (str, Path)):
+        return _open_picture(Path(image))
+    return image.convert("RGB")
 
 
 def _open_picture(path: Path) -> Image:

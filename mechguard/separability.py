@@ -19,6 +19,7 @@ from numpy import ndarray
 from mechguard.activations import Activations
 from mechguard.directions import Directions, held_out_projections
 from mechguard.errors import MechguardError
+from mechguard.overlaps import warn_of_fitted
 from mechguard.prompts import HARMFUL
 from mechguard.result import Result
 from mechguard.statistics import (
@@ -49,7 +50,8 @@ def measure_separability(
     """AUROC and d' of harmful against harmless states at every layer.
 
     Args:
-        activations: states of harmful and harmless prompts that took no part in fitting `directions`.
+        activations: states of harmful and harmless prompts that took no part in fitting `directions`; an
+            `OverlapWarning` says so if they did.
         directions: fitted elsewhere; the projection on the first of each layer is the score.
         own: also measure the states' own mean difference, fitted and tested on different pairs.
         nulls: also random directions (their mean and the central 95% of them) and shuffled labels.
@@ -64,6 +66,8 @@ def measure_separability(
         MechguardError: one label only, or nothing to measure along.
     """
     activations.groups()  # refuses a single label
+    if directions is not None:
+        warn_of_fitted(activations.prompts, {directions.name: directions.about})
     rows: list[dict[str, Any]] = []
     lines: dict[str, Scores] = {}
     if directions is not None:

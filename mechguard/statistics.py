@@ -75,6 +75,12 @@ def bootstrap_measure(
     return percentile_interval(measure(positive[..., first], negative[..., second]))
 
 
+def bootstrap_mean(values: Float[ndarray, " n"], *, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """A 95% percentile interval of the mean."""
+    low, high = percentile_interval(values[resample_indices(len(values), resamples, seed)].mean(-1))
+    return float(low), float(high)
+
+
 def permuted_measure(
     measure: Measure,
     positive: Float[ndarray, "*rows positive"],

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mechguard.errors import MechguardError
 
@@ -51,6 +51,43 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write JSON atomically, keys in the order given."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def append_line(path: str | os.PathLike[str], value: Any) -> None:
+    """Add one line of JSON to a file and flush it to disk."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("ab+") as file:
+        _cut_unfinished(file)
+        file.write((json.dumps(value, ensure_ascii=False, default=str) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """Read what `append_line` wrote; a last line that was cut off by a kill is left out.
+
+    Raises:
+        MechguardError: a line before the last is not JSON.
+    """
+    target = Path(path)
+    content = target.read_bytes() if target.is_file() else b""
+    found = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise MechguardError(
+                f"line {number} of {target} is not readable JSON; take it out, and its cell is measured again"
+            ) from None
+    return found
+
+
+def _cut_unfinished(file: IO[bytes]) -> None:
+    """Drop a last line that has no end."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

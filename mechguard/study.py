@@ -8,9 +8,11 @@ folder that was made with other settings is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,8 +28,10 @@ from mechguard.errors import MechguardError
 from mechguard.evaluation import default_conditions, evaluate
 from mechguard.gap import measure_modality_gap
 from mechguard.guards import Guard, measure_gates, projection
+from mechguard.loading import load
 from mechguard.maps import map_states
-from mechguard.models import VLM, load
+from mechguard.models import VLM
+from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.result import Result
@@ -38,6 +42,7 @@ from mechguard.tracing import collect
 
 ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
+JAILBREAKS = ("jailbreak", "jailbreak_instructions")
 T = TypeVar("T", Activations, Directions, Guard, Result)
 
 
@@ -53,6 +58,15 @@ class StudyPrompts:
     @property
     def test(self) -> Prompts:
         return (self.malicious + self.benign).renamed("test")
+
+    @property
+    def kept_apart(self) -> list[tuple[Prompts, Prompts]]:
+        """The sets that must share no prompt: fitted on, chosen on, reported on."""
+        return [
+            (self.anchors, self.validation),
+            (self.anchors, self.test),
+            (self.validation, self.test),
+        ]
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ class Study:
 
         def measure() -> Result:
             guard = self.guard()
-            alone = projection(self.ssd.truncated(guard.rank), layers=guard.layers)
+            alone = projection(self.ssd.truncated(self._setting()["rank"]), layers=guard.layers)
             controls = [
                 guard.randomised(self.settings.seed + number, name=f"random {number + 1}")
                 for number in range(self.settings.random_subspaces)
@@ -231,7 +245,11 @@ class Study:
 
     def _describe(self, command: str, seconds: float) -> None:
         guard = self.guard()
-        chosen = {**choose(self.sweep()), "gate": guard.gate, "project": guard.project}
+        chosen = choose(self.sweep())
+        chosen |= {
+            "gate": "always" if guard.gate is None else guard.gate.word,
+            "project": VARIANTS[chosen["variant"]].project,
+        }
         facts = {
             "model": self.vlm.name,
             "family": self.vlm.family,
@@ -288,6 +306,9 @@ def run_study(
     Raises:
         MechguardError: the model or the prompts cannot be read (nothing is written then), or the folder
             holds a study with other settings.
+
+    Warns:
+        OverlapWarning: what is fitted or chosen on is also tested on.
     """
     _check_settings(max_rank=max_rank, max_new_tokens=max_new_tokens, limit=limit)
     vlm = model if isinstance(model, VLM) else load(model, processor=processor)
@@ -296,8 +317,11 @@ def run_study(
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
     _claim(folder, vlm, prompts, settings)
+    warn_of_shared(prompts.kept_apart)
     study = Study(vlm, prompts, settings, folder, progress)
-    return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
+        return study.run(command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}")
 
 
 def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) -> None:
@@ -328,6 +352,25 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
             f"the set 'validation' holds only {labels.pop()} prompts; both labels are needed to choose on"
         )
     return StudyPrompts(**found)
+
+
+def find_study_prompts(
+    vlm: VLM, data: str | os.PathLike[str] | None = None, limit: int | None = None
+) -> StudyPrompts:
+    """The sets of a study: those of the folder, of MECHGUARD_DATA, or the organism's own.
+
+    Raises:
+        MechguardError: no folder, or a set is missing or not what its role wants.
+    """
+    return load_study_prompts(_data_folder(vlm, data), limit)
+
+
+def find_jailbreaks(vlm: VLM, data: str | os.PathLike[str] | None = None) -> Prompts | None:
+    """The jailbreak prompts beside the sets of a study, where there are some."""
+    for name in JAILBREAKS:
+        with contextlib.suppress(MechguardError):
+            return load_from_folder(name, _data_folder(vlm, data))
+    return None
 
 
 def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,16 +21,18 @@ from tqdm.auto import tqdm
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError
 from mechguard.guards import Guard
+from mechguard.guards.steering import AnyGuard, Steering
 from mechguard.models import VLM
+from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
 from mechguard.prompts import Prompt, Prompts, as_prompts
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
 # models are bound by the cost of a step, large ones by memory.
 AUTO_BATCH_NUMBERS = 65536
 AUTO_BATCH_LIMITS = (16, 256)
+READING_TOKENS = 32  # for what the VLM reads off a picture
 BatchSize = int | Literal["auto"]
 AnyPrompts = Prompts | Prompt | str | Sequence[Prompt | str]
-States = dict[int, Float[Tensor, "batch d_model"]]
 T = TypeVar("T")
 
 
@@ -41,11 +43,13 @@ class Response:
     Attributes:
         text: the generated text, without special tokens.
         tokens: how many tokens were generated.
+        ids: the generated token ids, up to and with the end of the sequence.
         gates: for each layer of the guard, whether this row's gate was open.
     """
 
     text: str
     tokens: int
+    ids: tuple[int, ...] = ()
     gates: dict[int, bool] = field(default_factory=dict)
 
 
@@ -54,8 +58,8 @@ def collect(
     prompts: AnyPrompts,
     *,
     layers: Sequence[int] | Literal["all"] = "all",
-    position: int | Literal["last"] = "last",
-    guard: Guard | None = None,
+    position: Position = "last",
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     batch_size: BatchSize = "auto",
     out: str | os.PathLike[str] | None = None,
@@ -63,11 +67,15 @@ def collect(
 ) -> Activations:
     """Read the hidden state after every decoder layer at one position of every prompt.
 
+    A layer that is skipped on text alone (the cross-attention layers of Mllama) gives the state before it.
+
     Args:
         model: a VLM, or its `.llm`, which reads the text only.
         prompts: Prompts, or one or several texts.
         layers: decoder layers, negative from the end; "all" by default.
-        position: "last", or a negative index from the end of the prompt.
+        position: "last", "last_text", an index, or a function of a prompt's tokens (see
+            `positions.mask_positions`); where that means several positions ("image", "text", "all", a
+            list), their mean.
         guard: acts in the same pass, at the prompt; states are read after it.
         teacher: who supervises the guard; the model's own LLM component by default.
         batch_size: "auto" halves on out-of-memory.
@@ -81,13 +89,12 @@ def collect(
     """
     sent = _ready(model, prompts, guard)
     chosen = _layer_numbers(model, layers)
-    offset = _offset(position)
     teacher = teacher or model.llm
     data = torch.empty(len(chosen), len(sent), model.d_model)
 
     def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
         batch = [sent[row] for row in rows]
-        return _trace_states(model, batch, chosen, offset, guard, teacher)
+        return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
 
     label = f"collect {model.view} {sent.condition}"
     for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
@@ -97,7 +104,7 @@ def collect(
         "fingerprint": model.fingerprint,
         "view": model.view,
         "condition": sent.condition,
-        "position": position,
+        "position": name_of(position),
         "guard": "none" if guard is None else guard.name,
         "prompts": sent.fingerprint,
     }
@@ -107,11 +114,37 @@ def collect(
     return activations
 
 
+def predict_next_tokens(
+    model: VLM,
+    prompts: AnyPrompts,
+    *,
+    guard: AnyGuard | None = None,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Float[Tensor, "prompt vocabulary"]:
+    """The log-probabilities of the first token of the answer to every prompt, float32, on the CPU.
+
+    See `collect` for the arguments.
+    """
+    sent = _ready(model, prompts, guard)
+    found: dict[int, Tensor] = {}
+
+    def work(rows: list[int]) -> Float[Tensor, "batch vocabulary"]:
+        batch = [sent[row] for row in rows]
+        return _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+
+    label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
+    for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
+        found.update(zip(rows, logits.log_softmax(-1), strict=True))
+    return torch.stack([found[row] for row in range(len(sent))])
+
+
 def generate(
     model: VLM,
     prompts: AnyPrompts,
     *,
-    guard: Guard | None = None,
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -139,7 +172,7 @@ def respond(
     model: VLM,
     prompts: AnyPrompts,
     *,
-    guard: Guard | None = None,
+    guard: AnyGuard | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -161,19 +194,15 @@ def respond(
     if max_new_tokens < 1:
         raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
-    streams = guard is not None and guard.source == "llm-stream"
-    if streams and teacher is not None and teacher is not model.llm:
-        raise MechguardError(
-            'source="llm-stream" reads the model\'s own LLM in the same pass; use source="llm" with '
-            "another teacher"
-        )
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
+    parts = _steering_parts(guard)
+    _check_settings(parts, settings, teacher is None or teacher is model.llm)
 
     def work(rows: list[int]) -> list[Response]:
         batch = [sent[row] for row in rows]
-        if guard is None:
+        if not parts:
             return _plain_responses(model, batch, settings)
-        return _guarded_responses(model, batch, guard, teacher or model.llm, settings)
+        return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     found: dict[int, Response] = {}
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
@@ -182,53 +211,35 @@ def respond(
     return [found[row] for row in range(len(sent))]
 
 
-class _Steering:
-    """One guard over one batch: remembers the gates that were decided at the end of the prompt.
-
-    When the teacher streams, the batch holds 2B rows: B of the VLM, then the same B as text only.
-    """
-
-    def __init__(self, guard: Guard, where: Bool[Tensor, "batch pos"], teacher_states: States | None) -> None:
-        self.guard = guard.on(where.device)
-        self.where = where
-        self.teacher_states = teacher_states
-        self.streams = guard.source == "llm-stream"
-        self.gates: dict[int, Bool[Tensor, " batch"]] = {}
-
-    def __call__(
-        self, layer: int, hidden: Float[Tensor, "rows pos d_model"]
-    ) -> Float[Tensor, "rows pos d_model"]:
-        """The states after the guard; the first call of a layer is the prompt."""
-        count = len(self.where)
-        own, text = (hidden[:count], hidden[count:]) if self.streams else (hidden, hidden[:0])
-        query = self._query(layer, own, text)
-        if layer not in self.gates:
-            self.gates[layer] = self.guard.opens(layer, query[:, -1])
-            phase: Literal["prompt", "generated"] = "prompt"
-            where = self.where
-        else:
-            phase = "generated"
-            where = torch.ones_like(own[..., 0], dtype=torch.bool)
-        if not self.guard.acts(phase):
-            return hidden
-        mask = where & self.gates[layer].unsqueeze(1)
-        return torch.cat([self.guard.steer(layer, own, query, mask), text])
-
-    def _query(self, layer: int, own: Tensor, text: Tensor) -> Float[Tensor, "batch _ d_model"]:
-        if self.teacher_states is not None:
-            return self.teacher_states[layer].unsqueeze(1)
-        if self.streams:
-            return text[:, -1:]
-        return own[:, -1:] if self.guard.source == "last" else own
-
-
-def _ready(model: VLM, given: AnyPrompts, guard: Guard | None) -> Prompts:
+def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
     prompts = as_prompts(given)
     if len(prompts) == 0:
         raise MechguardError(f"there are no prompts in {prompts.name!r}")
     if guard is not None:
         guard.check(model)
+        prompts = guard.wrap(prompts)
     return model.prepare(prompts)
+
+
+def _steering_parts(guard: AnyGuard | None) -> tuple[Guard, ...]:
+    """The guards that act on states."""
+    return () if guard is None else tuple(part for part in guard.parts if part.move is not None)
+
+
+def _check_settings(guards: Sequence[Guard], settings: dict[str, Any], own_teacher: bool) -> None:
+    streams = any(guard.source == "llm-stream" for guard in guards)
+    if streams and not own_teacher:
+        raise MechguardError(
+            'source="llm-stream" reads the model\'s own LLM in the same pass; use source="llm" with '
+            "another teacher"
+        )
+    if guards and settings.get("num_beams", 1) > 1:
+        raise MechguardError("a traced guard cannot follow beams; use `with guard.attach(vlm): ...`")
+    if streams and settings["do_sample"]:
+        raise MechguardError(
+            'source="llm-stream" cannot follow sampled tokens in a trace; use `with guard.attach(vlm, '
+            'prompts): ...`, or source="llm"'
+        )
 
 
 def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[int]:
@@ -248,15 +259,6 @@ def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[i
     return sorted(set(chosen))
 
 
-def _offset(position: int | Literal["last"]) -> int:
-    offset = -1 if position == "last" else position
-    if not isinstance(offset, int) or offset >= 0:
-        raise MechguardError(
-            f'position {position!r} is not known; use "last" or a negative index from the end'
-        )
-    return offset
-
-
 def _in_batches(
     work: Callable[[list[int]], T],
     prompts: Prompts,
@@ -265,28 +267,33 @@ def _in_batches(
     label: str,
     progress: bool,
 ) -> Iterator[tuple[list[int], T]]:
-    """Run `work` over rows sorted by length, halving the batch when memory runs out."""
-    order = sorted(
-        range(len(prompts)), key=lambda row: (prompts[row].image is not None, len(prompts[row].text))
-    )
+    """Run `work` over rows sorted by length, halving the batch when memory runs out.
+
+    Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
+    other layers where there is none.
+    """
     size = _auto_batch_size(width) if batch_size == "auto" else batch_size
     if size < 1:
         raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    size, start = math.ceil(len(order) / math.ceil(len(order) / size)), 0  # batches of equal size
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    counts = [len(prompt.images) for prompt in prompts]
+    groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
     with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
-        while start < len(order):
-            rows = order[start : start + size]
-            try:
-                result = work(rows)
-            except torch.OutOfMemoryError:
-                if batch_size != "auto" or size == 1:
-                    raise
-                size //= 2
-                warnings.warn(f"out of memory: batches of {size} from here on", stacklevel=3)
-                continue
-            yield rows, result
-            bar.update(len(rows))
-            start += len(rows)
+        for group in groups:
+            start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
+            while start < len(group):
+                rows = group[start : start + limit]
+                try:
+                    result = work(rows)
+                except torch.OutOfMemoryError:
+                    if batch_size != "auto" or limit == 1:
+                        raise
+                    size = limit = limit // 2
+                    warnings.warn(f"out of memory: batches of {limit} from here on", stacklevel=3)
+                    continue
+                yield rows, result
+                bar.update(len(rows))
+                start += len(rows)
 
 
 def _auto_batch_size(width: int) -> int:
@@ -294,45 +301,53 @@ def _auto_batch_size(width: int) -> int:
     return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
 
 
-def _positions(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Position ids that start at 0 behind the left padding."""
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
 def _trace_states(
     model: VLM,
     batch: Sequence[Prompt],
     layers: list[int],
-    offset: int,
-    guard: Guard | None,
+    position: Position,
+    guards: Sequence[Guard],
     teacher: VLM,
 ) -> Float[Tensor, "layer batch d_model"]:
     """All wanted layers of one batch in one trace that stops behind the last of them."""
-    steering, encoded = _begin(model, batch, guard, teacher)
-    count = len(batch)
-    if model.view == "llm":
-        encoded["position_ids"] = _positions(encoded["attention_mask"])
-    _check_length(encoded, offset)
+    steering, encoded = _begin(model, batch, guards, teacher)
+    mask = mask_positions(model, batch, encoded, position)[: len(batch)]
+    check_filled(mask, batch, position)
+    read = reader(mask)
+    encoded |= model.position_ids(encoded)
     wanted = set(layers)
+    runs = set(model.parts.running(with_picture=any(prompt.images for prompt in batch)))
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
     traced = model.traced
     with torch.no_grad(), traced.trace(**encoded, use_cache=False) as tracer:
         found = []
+        state: Tensor = torch.empty(0)
         for number, layer in walked:
-            if steering is not None and number in steering.guard.layers:
-                layer.output = steering(number, layer.output)
+            if number in runs:
+                if steering is not None and number in steering.layers:
+                    layer.output = steering(number, layer.output)
+                state = layer.output
             if number in wanted:
-                # Cloned, for a view would keep the whole layer's output in memory.
-                found.append(layer.output[:count, offset].clone())
+                found.append(read(state).to("cpu", torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
     return states
 
 
-def _check_length(encoded: dict[str, Tensor], offset: int) -> None:
-    shortest = int(encoded["attention_mask"].sum(-1).min())
-    if -offset > shortest:
-        raise MechguardError(f"position {offset} lies before the start of a prompt of {shortest} tokens")
+def _trace_logits(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
+) -> Float[Tensor, "batch vocabulary"]:
+    steering, encoded = _begin(model, batch, guards, teacher)
+    encoded |= model.position_ids(encoded)
+    runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
+    steered = [number for number in runs if steering is not None and number in steering.layers]
+    traced = model.traced
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False):
+        for number in steered:
+            layer = model.traced_layers[number]
+            layer.output = steering(number, layer.output)  # type: ignore[misc]
+        logits = traced.output.logits[: len(batch), -1].to("cpu", torch.float32).save()
+    return logits
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
@@ -343,14 +358,16 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 
 
 def _guarded_responses(
-    model: VLM, batch: Sequence[Prompt], guard: Guard, teacher: VLM, settings: dict[str, Any]
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guard, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher)
     assert steering is not None
-    if steering.streams:
+    if steering.shared_pass:
         settings = {**settings, "logits_processor": [_same_tokens]}
-    steps = slice(1) if guard.scope.phase == "prompt" else slice(None)
-    steered = [(number, model.traced_layers[number]) for number in guard.layers]
+    only_prompt = all(guard.scope.phase == "prompt" for guard in guards)
+    steps = slice(1) if only_prompt else slice(None)
+    runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
+    steered = [(number, model.traced_layers[number]) for number in runs if number in steering.layers]
     traced = model.traced
     with torch.no_grad(), warnings.catch_warnings():
         # An answer that ends early is how an open loop over its tokens ends.
@@ -368,33 +385,51 @@ def _guarded_responses(
 
 
 def _begin(
-    model: VLM, batch: Sequence[Prompt], guard: Guard | None, teacher: VLM
-) -> tuple[_Steering | None, dict[str, Tensor]]:
-    """Encode a batch and, for a guard, bring in what supervises it."""
-    if guard is None:
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
+) -> tuple[Steering | None, dict[str, Tensor]]:
+    """Encode a batch and, for guards, bring in what supervises them."""
+    if not guards:
         return None, model.encode(batch)
-    texts = list(Prompts(batch).with_image("none"))
-    streams = guard.source == "llm-stream"
-    encoded = model.encode([*batch, *texts] if streams else batch)
+    supervised = [guard for guard in guards if guard.supervised]
+    texts = _supervising_texts(model, batch, supervised) if supervised else []
+    streams = any(guard.source == "llm-stream" for guard in guards)
+    rows = [*batch, *texts] if streams else list(batch)
+    encoded = model.encode(rows)
     states = None
-    if guard.source == "llm":
-        found = _trace_states(teacher, texts, list(guard.layers), -1, None, teacher)
-        states = dict(zip(guard.layers, found.to(model.device), strict=True))
-    where = _where(guard, encoded, model.parts.image_token_id)[: len(batch)]
-    return _Steering(guard, where, states), encoded
+    if supervised and not streams:
+        layers = sorted({layer for guard in supervised for layer in guard.layers})
+        _check_teacher(teacher, model, layers)
+        found = _trace_states(teacher, texts, layers, "last", (), teacher)
+        states = dict(zip(layers, found.to(model.device), strict=True))
+    where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
+    return Steering(guards, where, teacher_states=states, shared_pass=streams), encoded
 
 
-def _where(guard: Guard, encoded: dict[str, Tensor], image_token: int | None) -> Bool[Tensor, "rows pos"]:
-    """The prompt positions on which the guard acts; never padding."""
-    present = encoded["attention_mask"].bool()
-    if guard.scope.positions == "last":
-        last = torch.zeros_like(present)
-        last[:, -1] = True
-        return last
-    if guard.scope.positions == "all":
-        return present
-    is_image = encoded["input_ids"] == (-1 if image_token is None else image_token)
-    return present & (is_image if guard.scope.positions == "image" else ~is_image)
+def _supervising_texts(model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard]) -> list[Prompt]:
+    """What the language model reads: the text, behind what the VLM reads off the picture if asked to."""
+    questions = {guard.reads for guard in guards}
+    if len(questions) > 1:
+        raise MechguardError("guards that act together must supervise from the same text; `reads` differs")
+    question = questions.pop()
+    texts = list(Prompts(batch).with_image("none"))
+    if question is None:
+        return texts
+    pictured = [row for row, prompt in enumerate(batch) if prompt.images]
+    asked = [replace(batch[row], text=question) for row in pictured]
+    settings = {"do_sample": False, "max_new_tokens": READING_TOKENS}
+    read = _plain_responses(model, asked, settings) if asked else []
+    for row, answer in zip(pictured, read, strict=True):
+        texts[row] = replace(texts[row], text=f"{answer.text} {texts[row].text}")
+    return texts
+
+
+def _check_teacher(teacher: VLM, model: VLM, layers: list[int]) -> None:
+    if teacher.d_model != model.d_model or teacher.n_layers <= max(layers):
+        raise MechguardError(
+            f"the teacher {teacher.name} has {teacher.n_layers} layers of d_model {teacher.d_model}, but "
+            f"the guard wants layers {layers} of d_model {model.d_model}; take an LLM of the same "
+            "architecture"
+        )
 
 
 def _same_tokens(
@@ -408,10 +443,21 @@ def _same_tokens(
 def _as_responses(
     model: VLM, generated: Int[Tensor, "batch pos"], gates: dict[int, Bool[Tensor, " batch"]]
 ) -> list[Response]:
-    pad = model.tokenizer.pad_token_id
-    lengths = (generated != pad).sum(-1).tolist()
+    lengths = _lengths(generated, model.hf_model.generation_config.eos_token_id)
     texts = model.decode(generated)
     return [
-        Response(text, length, {layer: bool(opened[row]) for layer, opened in gates.items()})
+        Response(
+            text,
+            length,
+            tuple(generated[row, :length].tolist()),
+            {layer: bool(opened[row]) for layer, opened in gates.items()},
+        )
         for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
     ]
+
+
+def _lengths(generated: Int[Tensor, "batch pos"], ends: int | list[int] | None) -> list[int]:
+    """How many tokens each row wrote, up to and with the first that ends it."""
+    stops = torch.as_tensor([] if ends is None else ends, device=generated.device).flatten()
+    before = torch.isin(generated, stops).int().cumsum(-1) == 0
+    return (before.sum(-1) + 1).clamp_max(generated.shape[1]).tolist()

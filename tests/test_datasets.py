@@ -1,6 +1,8 @@
 """Reading prompt files: every form, every mistake, and the public sets where they are at hand."""
 
+import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,12 @@ def test_a_set_is_found_by_name_in_the_data_folder(tmp_path, monkeypatch):
         ("label.csv", "text,label\nhello,maybe\n", "label 'maybe' is not known"),
         ("twice.csv", "id,text\n1,a\n1,b\n", "has the id '1' twice"),
         ("odd.xml", "<a/>", "is none of .jsonl"),
+        ("nothing.csv", "", "holds no prompts"),
+        ("header.csv", "text,label\n", "holds no prompts"),
+        ("comma.csv", "text,label\nred, green and blue,0\n", "line 2 has more values than the 2 columns"),
+        ("quote.csv", 'text,label\n"never closed,0\nnext,1\n', "never closed; close it"),
+        ("number.json", '{"text": 1}', "is a list of objects"),
+        ("broken.json", '[{"text": "a"}', "not readable JSON"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(tmp_path, name, content, message):
@@ -57,9 +65,32 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path, name, content, message)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="not UTF-8 text"):
-        mg.load_prompts(tmp_path / "latin.txt")
+    (tmp_path / "model.txt").write_bytes(b"caf\xe9\0\0\n")
+    with pytest.raises(ValueError, match="is not text"):
+        mg.load_prompts(tmp_path / "model.txt")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "warns"),
+    [("utf-8", False), ("utf-8-sig", False), ("utf-16", False), ("cp1252", True), ("latin-1", True)],
+)
+def test_letters_survive_every_encoding_and_a_guess_is_said(tmp_path, encoding, warns):
+    content = "label,text\r\n0,a café for “two”" if encoding != "latin-1" else "label,text\r\n0,a café \x81"
+    (tmp_path / "set.csv").write_bytes(content.encode(encoding))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read = mg.load_prompts(tmp_path / "set.csv")
+    assert read[0].text == content.partition("0,")[2]
+    assert ["set.csv is not UTF-8" in str(one.message) for one in said] == [True] * warns
+
+
+def test_a_text_may_hold_every_kind_of_line_end(tmp_path):
+    texts = ["one\ntwo", "one\u2028two", "one\x85two", "one\x0ctwo"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "set.csv").write_bytes(b'text,label\r\n"one\r\ntwo",1\r\n"three\nfour",0')
+    assert [p.text for p in mg.load_prompts(tmp_path / "set.jsonl")] == texts
+    assert [p.text for p in mg.load_prompts(tmp_path / "set.csv")] == ["one\r\ntwo", "three\nfour"]
 
 
 def test_a_name_without_a_folder_says_what_to_give(monkeypatch):
@@ -72,21 +103,6 @@ def test_a_name_that_is_not_there_lists_what_is(tmp_path):
     (tmp_path / "mine.txt").write_text("hello\n")
     with pytest.raises(ValueError, match="found there: mine"):
         mg.load_prompts("yours", data=tmp_path)
-
-
-@needs_public_data
-@pytest.mark.parametrize(
-    ("name", "harmful", "harmless"),
-    [
-        ("anchors_howto", 100, 100),
-        ("malicious_instruct", 100, 0),
-        ("jailbreakbench", 100, 100),
-        ("alpaca", 0, 100),
-    ],
-)
-def test_public_sets_have_their_published_size(name, harmful, harmless):
-    labels = mg.load_prompts(name, data=PUBLIC).labels
-    assert (labels.count("harmful"), labels.count("harmless")) == (harmful, harmless)
 
 
 @needs_public_data

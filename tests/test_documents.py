@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mechguard as mg
+from mechguard.families import tested_families
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -33,6 +34,19 @@ def test_the_python_of_the_readme_runs(tmp_path):
     assert (tmp_path / "guards" / "organism.safetensors").is_file()
 
 
+def test_the_readmes_other_blocks_use_names_that_exist():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for name in re.findall(r"\bmg\.(\w+)", block):
+            assert hasattr(mg, name), name
+        for name in re.findall(r"\bvlm\.(\w+)", block):
+            assert hasattr(mg.VLM, name), name
+        for name in re.findall(r"\bguard\.(\w+)", block):
+            assert hasattr(mg.Guard, name), name
+
+
 def test_the_readme_names_every_module():
     tree = readme_block("text")
     package = ROOT / "mechguard"
@@ -51,6 +65,12 @@ def test_the_readmes_numbers_are_those_of_the_demo():
         cells = [shown_rate(rows[rows["metric"] == metric].iloc[0]) for metric in metrics]
         assert f"| {' | '.join([condition, guard, *cells])} |" in shown
     assert set(table["n"]) == {150}
+
+
+def test_the_readmes_table_of_families_is_the_packaged_one():
+    shown = (ROOT / "README.md").read_text()
+    for row in tested_families().itertuples(index=False):
+        assert f"| {' | '.join(row)} |" in shown
 
 
 def shown_rate(row) -> str:

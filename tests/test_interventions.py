@@ -85,5 +85,5 @@ def test_half_precision_states_are_steered_in_single_precision(basis, hidden):
 
 
 def test_a_scope_of_an_unknown_word_is_refused():
-    with pytest.raises(ValueError, match="positions='middle' is not known; use one of last, all"):
+    with pytest.raises(ValueError, match="positions='middle' is not known; use one of last, last_text"):
         Scope(positions="middle")  # type: ignore[arg-type]

@@ -354,3 +354,23 @@ def test_the_panels_of_a_sweep_share_their_rows_where_only_one_reading_was_swept
     first, second = plots.sweep_heatmap(Result.from_rows(rows), metric="attack_success").data
     assert list(first.y) == list(second.y) == ["5, rank 1", "5, rank 4", "0 5, rank 1"]
     assert [row[0] for row in second.z] == [0.1, 0.4, 0.1]
+
+
+def test_defences_draw_every_method_beside_its_controls():
+    rows = []
+    for guard, value in (("none", 0.6), ("cast", 0.2), ("cast; random 1", 0.5), ("cast; shuffled", 0.55)):
+        for condition in ("text", "blank"):
+            for metric in ("attack_success", "benign_compliance"):
+                facts = {"setting": "test", "condition": condition, "guard": guard, "metric": metric}
+                numbers = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50, "split": "test"}
+                rows.append({**facts, **numbers})
+    result = Result.from_rows(rows)
+    figure = plots.defences(result)
+    names = [trace.name for trace in figure.data]
+    assert names == ["the method", "random directions", "shuffled labels"] * 4
+    assert sum(bool(trace.showlegend) for trace in figure.data) == 3
+    assert all(list(trace.y) == ["cast"] for trace in figure.data)
+    assert [trace.x[0] for trace in figure.data[:3]] == [0.2, 0.5, 0.55]
+    assert len([shape for shape in figure.layout.shapes if shape.x0 == 0.6]) == 4
+    with pytest.raises(ValueError, match="no setting 'jailbreak'; the result has test"):
+        plots.defences(result, setting="jailbreak")

@@ -35,17 +35,17 @@ def test_prompts_slice_and_concatenate_like_a_sequence(prompts):
 def test_a_generated_picture_names_its_condition(prompts, name):
     sent = prompts.with_image(name)
     assert sent.condition == name
-    assert sent[0].picture((20, 10)).size == (20, 10)
+    assert sent[0].pictures((20, 10))[0].size == (20, 10)
 
 
 def test_blank_is_white_and_black_is_black(prompts):
-    assert np.asarray(prompts.with_image("blank")[0].picture()).min() == 255
-    assert np.asarray(prompts.with_image("black")[0].picture()).max() == 0
+    assert np.asarray(prompts.with_image("blank")[0].pictures()[0]).min() == 255
+    assert np.asarray(prompts.with_image("black")[0].pictures()[0]).max() == 0
 
 
 def test_noise_differs_between_prompts_but_not_between_calls(prompts):
     noisy = prompts.with_image("noise")
-    first, again, other = noisy[0].picture(), noisy[0].picture(), noisy[1].picture()
+    first, again, other = noisy[0].pictures()[0], noisy[0].pictures()[0], noisy[1].pictures()[0]
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -57,13 +57,13 @@ def test_none_takes_the_picture_away_and_image_brings_the_own_one_back(tmp_path)
     assert loaded.condition == "image"
     assert loaded.with_image("none").condition == "text"
     restored = loaded.with_image("blank").with_image("image")
-    assert restored[0].picture().getpixel((0, 0)) == (255, 0, 0)
+    assert restored[0].pictures()[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_typographic_moves_the_request_into_the_picture(prompts):
     drawn = prompts.with_image("typographic")
     assert prompts[0].text not in drawn[0].text
-    assert np.asarray(drawn[0].picture()).min() < 50
+    assert np.asarray(drawn[0].pictures()[0]).min() < 50
     assert drawn[0].label == prompts[0].label
 
 
@@ -84,7 +84,7 @@ def test_a_picture_that_does_not_exist_is_refused(prompts, condition, message):
 def test_a_file_that_is_no_picture_is_refused(prompts, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
-        prompts.with_image(tmp_path / "broken.png")[0].picture()
+        prompts.with_image(tmp_path / "broken.png")[0].pictures()[0]
 
 
 def test_pairs_must_hold_one_of_each_label():

@@ -113,8 +113,9 @@ def test_some_layers_and_another_position(vlm, prompts):
     [
         (dict(layers=[3]), "layer 3 is outside .* layers 0-2; use -1 for the last"),
         (dict(layers=[]), "no layers were asked for"),
-        (dict(position=1), "position 1 is not known"),
-        (dict(position=-99), "lies before the start of a prompt"),
+        (dict(position="middle"), "position 'middle' is not known"),
+        (dict(position=-99), "position -99 lies outside prompt"),
+        (dict(position="image"), "has no position 'image'"),
         (dict(batch_size=0), "batch_size=0 is not a size"),
     ],
 )
@@ -292,3 +293,11 @@ def test_a_streaming_teacher_must_be_the_models_own(vlm, prompts, ssd):
     guard = mg.vlm_guard(ssd, layers=[0], source="llm-stream")
     with pytest.raises(ValueError, match='use source="llm" with another teacher'):
         mg.generate(vlm, prompts[:2], guard=guard, teacher=vlm, progress=False)
+
+
+def test_a_teacher_of_another_shape_is_refused(vlm, prompts):
+    ssd = mg.fit_directions(mg.collect(vlm.llm, prompts, progress=False))
+    guard = mg.vlm_guard(ssd, layers=[2], source="llm")
+    teacher = mg.load(tiny.llama(), processor=tiny.tokenizer())  # two layers
+    with pytest.raises(ValueError, match=r"has 2 layers of d_model 32, but the guard wants layers \[2\]"):
+        mg.generate(vlm, prompts[:2], guard=guard, teacher=teacher, progress=False)

@@ -4,6 +4,7 @@ A figure is drawn from the rows as they are: nothing here shows, saves (but `sav
 Conditions, guards and labels have the same colour in every figure.
 """
 
+from mechguard.plots.defences import defences
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
 from mechguard.plots.pages import save
@@ -12,6 +13,7 @@ from mechguard.plots.state_maps import state_map
 
 __all__ = [
     "behaviour",
+    "defences",
     "gates",
     "layer_sweep",
     "modality_gap",

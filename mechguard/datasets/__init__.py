@@ -1,0 +1,140 @@
+"""Reading prompts: our own JSONL/CSV form, plain text, and public benchmarks on disk.
+
+Nothing is downloaded. A benchmark is read from the folder that was given as `data=` or that the
+environment variable MECHGUARD_DATA names, in the layout its authors publish or in that of a collection;
+`list_benchmarks` (on the command line `mechguard data`) says which there are and which were found.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from mechguard.datasets.benchmarks import BENCHMARKS, ROLES
+from mechguard.datasets.catalogue import data_folder, list_benchmarks, measure_overlaps
+from mechguard.datasets.files import READERS, DataWarning
+from mechguard.datasets.prompt_files import read_file
+from mechguard.datasets.records import Benchmark
+from mechguard.datasets.templates import TEMPLATES, TemplateSet, apply_templates
+from mechguard.errors import MechguardError
+from mechguard.overlaps import OverlapWarning, find_overlaps
+from mechguard.prompts import Prompts
+
+__all__ = [
+    "BENCHMARKS",
+    "ROLES",
+    "TEMPLATES",
+    "Benchmark",
+    "DataWarning",
+    "OverlapWarning",
+    "TemplateSet",
+    "apply_templates",
+    "find_overlaps",
+    "list_benchmarks",
+    "load_from_folder",
+    "load_prompts",
+    "load_templates",
+    "measure_overlaps",
+    "packaged_folder",
+    "read_file",
+]
+
+SUFFIXES = tuple(READERS)
+PACKAGED = ("organism",)
+
+
+def load_prompts(
+    name_or_path: str | os.PathLike[str], *, data: str | os.PathLike[str] | None = None
+) -> Prompts:
+    """Load a set of prompts.
+
+    Args:
+        name_or_path: "organism/NAME" (shipped with the built-in model: anchors, validation, malicious,
+            benign, ...), a file (.jsonl or .csv with the columns `id, text, label, pair, image,
+            category`, all but `text` optional; .txt, one prompt a line), or the name of a set in `data`:
+            a file there, a public benchmark (see `list_benchmarks`), or the role of one in a study.
+        data: a folder of prompt files or of public benchmarks; MECHGUARD_DATA by default.
+
+    Raises:
+        MechguardError: nothing of that name is found, or the file is empty or not readable.
+    """
+    name = os.fspath(name_or_path)
+    if name.startswith(tuple(f"{package}/" for package in PACKAGED)):
+        return read_file(packaged_folder("organism") / f"{name.split('/', 1)[1]}.jsonl")
+    if Path(name).is_file():
+        return read_file(Path(name))
+    folder = data if data is not None else os.environ.get("MECHGUARD_DATA")
+    if folder is None:
+        raise MechguardError(
+            f'there is no prompt file {name!r}; give a file, "organism/anchors", or the name of a set '
+            "together with data=FOLDER (or the environment variable MECHGUARD_DATA)"
+        )
+    return load_from_folder(name, Path(folder))
+
+
+def load_templates(name: str, *, data: str | os.PathLike[str] | None = None) -> list[str]:
+    """Load public jailbreak templates, each with `{query}` where the request belongs.
+
+    Templates without a place for the request get it at their end. Those that want it in a code (base64,
+    rot13, ...) are left out.
+
+    Args:
+        name: "gptfuzzer", "gptfuzzer_short", "self_reminder", "self_reminder_itw" or "goal_priority".
+        data: a folder of public benchmarks; MECHGUARD_DATA by default.
+
+    Raises:
+        MechguardError: no templates of that name are known, or found there.
+    """
+    if name not in TEMPLATES:
+        raise MechguardError(f"no templates are named {name!r}; there are {', '.join(TEMPLATES)}")
+    folder = data_folder(data)
+    if folder is None:
+        raise MechguardError(
+            f"there is no folder to read {name!r} from; give data=FOLDER, or set MECHGUARD_DATA"
+        )
+    record = TEMPLATES[name]
+    files = record.locate(folder)
+    if files is None:
+        raise MechguardError(
+            f"{folder} holds no templates {name!r}; wanted {record.wanted}, from {record.origin.source}"
+        )
+    return [template for _, template in record.load(files)]
+
+
+def packaged_folder(package: str) -> Path:
+    """The folder of prompt files that ships with a built-in model."""
+    return Path(str(resources.files("mechguard"))) / package / "prompts"
+
+
+def load_from_folder(name: str, folder: Path) -> Prompts:
+    """A set by name: a file NAME.jsonl/.csv/.txt/.json in the folder, or a public benchmark laid out there.
+
+    Raises:
+        MechguardError: there is no such folder, or no such set in it.
+    """
+    if not folder.is_dir():
+        raise MechguardError(f"there is no data folder {folder}; give a folder that holds prompts")
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return read_file(folder / f"{name}{suffix}")
+    records = ROLES.get(name) or ([BENCHMARKS[name]] if name in BENCHMARKS else [])
+    for record in records:
+        if files := record.locate(folder):
+            return record.load(files)[: record.roles.get(name)].renamed(name)
+    raise MechguardError(
+        f"{folder} holds no prompts named {name!r}{_wanted(name, records)}; found there: "
+        f"{', '.join(_present(folder)) or 'none'}"
+    )
+
+
+def _wanted(name: str, records: list[Benchmark]) -> str:
+    if name in TEMPLATES:
+        return " (they are templates: use load_templates)"
+    places = [f"{record.wanted}, from {record.origin.source}" for record in records]
+    return f" (wanted {'; or '.join(places)})" if places else ""
+
+
+def _present(folder: Path) -> list[str]:
+    benchmarks = [name for name, record in BENCHMARKS.items() if record.locate(folder)]
+    return benchmarks + sorted(file.stem for file in folder.iterdir() if file.suffix in SUFFIXES)
