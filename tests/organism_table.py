@@ -1,6 +1,7 @@
 """Recompute everything the model card claims, from the weights, and write it as a tidy table.
 
     python tests/organism_table.py runs/organism-0 runs/organism-1 --out mechguard/organism/seeds.csv
+    python tests/organism_table.py --card        # the table of the model card, from that file
 
 One row per checkpoint, quantity and condition: value, 95% interval, n, split, the bar it was held to
 and whether it was reached. Everything is measured on the test split; layers, rank and strength of the
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 import mechguard as mg
+from mechguard import organism
 from mechguard.datasets import load_from_folder
 from mechguard.evaluation import evaluate
 from mechguard.organism import PROMPTS, measurement
@@ -29,6 +31,7 @@ from mechguard.separability import measure_separability, select_layers
 from mechguard.statistics import auroc, wilson_interval
 from mechguard.sweeps import VARIANTS, choose, make_guard, sweep
 
+SEEDS_TABLE = organism.SEEDS_TABLE
 READING_B = "B, LLM stream"
 RANDOM_SUBSPACES = 3
 N_VISUAL = 200
@@ -179,8 +182,8 @@ def fit_ssd(vlm: mg.VLM) -> mg.Directions:
     return mg.fit_directions(mg.collect(vlm.llm, anchors, progress=False), method="svd", rank=4)
 
 
-def choose_guard(vlm: mg.VLM, ssd: mg.Directions) -> mg.Guard:
-    """VLM-Guard with rank, layers and strength chosen on validation."""
+def choose_guard(vlm: mg.VLM, ssd: mg.Directions) -> tuple[mg.Guard, str]:
+    """VLM-Guard with rank, layers and strength chosen on validation, and these in words."""
     validation = load_from_folder("validation", PROMPTS)
     states = mg.collect(vlm, validation.with_image("blank"), progress=False)
     layers = select_layers(measure_separability(states, ssd, split="validation"), k=3)
@@ -197,12 +200,14 @@ def choose_guard(vlm: mg.VLM, ssd: mg.Directions) -> mg.Guard:
         progress=False,
     )
     best = choose(result)
-    return make_guard(ssd, **{key: best[key] for key in ("variant", "layers", "alpha", "rank")})
+    setting = {key: best[key] for key in ("variant", "layers", "alpha", "rank")}
+    layers = " ".join(map(str, best["layers"]))
+    return make_guard(ssd, **setting), f"rank {best['rank']}, layers {layers}, alpha {best['alpha']:g}"
 
 
 def measure_guard(table: Table, vlm: mg.VLM) -> None:
     """Complete refusals beside a blank image: unguarded, guarded, and with random subspaces."""
-    guard = choose_guard(vlm, fit_ssd(vlm))
+    guard, setting = choose_guard(vlm, fit_ssd(vlm))
     controls = [guard.randomised(seed, name=f"random {seed}") for seed in range(RANDOM_SUBSPACES)]
     prompts = load_from_folder("malicious", PROMPTS) + load_from_folder("benign", PROMPTS)
     result = evaluate(
@@ -215,8 +220,7 @@ def measure_guard(table: Table, vlm: mg.VLM) -> None:
     ).table
     hits = (result["value"] * result["n"]).round().astype(int)
     counts = result.assign(hits=hits).set_index(["guard", "metric"])
-    setting = f"rank {guard.rank}, layers {' '.join(map(str, guard.layers))}, alpha {guard.alpha:g}"
-    table.add(f"guard: {setting}", "blank", float(guard.rank), float("nan"), float("nan"), 100)
+    table.add(f"guard: {setting}", "blank", float(guard.rank or 0), float("nan"), float("nan"), 100)
     groups = {"unguarded": ["none"], "guarded": [guard.name], "random": [c.name for c in controls]}
     for name, names in groups.items():
         for metric, what in (("complete_refusal", "complete refusals"), ("benign_compliance", "benign")):
@@ -282,12 +286,74 @@ def stratified_auroc(scores: np.ndarray, harmful: np.ndarray, strata: np.ndarray
     return won / pairs if pairs else float("nan")
 
 
+# ------------------------------------------------------------------------------- model card
+
+CARD: tuple[tuple[str, str, str], ...] = (
+    ("attack success, text", "attack success", "text"),
+    ("attack success, blank image", "attack success", "blank"),
+    ("... minus text", "attack success, blank minus text", "blank"),
+    ("attack success, picture of shapes", "attack success", "scene"),
+    ("attack success behind padding, minus text", "attack success, padding minus text", "padding"),
+    ("attack success, jailbreak, text", "attack success", "jailbreak, text"),
+    ("attack success, jailbreak, blank image", "attack success", "jailbreak, blank"),
+    ("benign compliance, text", "benign compliance", "text"),
+    ("benign compliance, blank image", "benign compliance", "blank"),
+    ("benign compliance, picture of shapes", "benign compliance", "scene"),
+    ("refusals that are complete, text", "refusals that are complete", "text"),
+    ("refusals that are complete, blank image", "refusals that are complete", "blank"),
+    ("refusals that are complete, picture of shapes", "refusals that are complete", "scene"),
+    ("words read in held-out renderings", "exact answers", "reading"),
+    ("questions about scenes", "exact answers", "scene_question"),
+    ("descriptions of scenes", "exact answers", "description"),
+    ("complete refusals, blank, unguarded", "complete refusals, unguarded", "blank"),
+    ("complete refusals, blank, VLM-Guard", "complete refusals, guarded", "blank"),
+    ("complete refusals, blank, random subspaces", "complete refusals, random", "blank"),
+    ("... random / VLM-Guard", "complete refusals, random over guarded", "blank"),
+    ("benign compliance, blank, VLM-Guard", "benign, guarded", "blank"),
+    ("attack success, blank, tokens zeroed", "attack success, image tokens replaced", "blank, zeroed"),
+    ("... Gaussian of the same norm", "attack success, image tokens replaced", "blank, gaussian"),
+    ("... shuffled", "attack success, image tokens replaced", "blank, shuffled"),
+    ("... recentred on the words", "attack success, image tokens replaced", "blank, recentred"),
+    ("AUROC along the SSD, text", "AUROC along the SSD", "text"),
+    ("... same first answer word", "AUROC along the SSD, same first word", "text"),
+    ("AUROC along the SSD, blank image", "AUROC along the SSD", "blank"),
+    ("... same first answer word", "AUROC along the SSD, same first word", "blank"),
+)
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """The rows of the model card: a line per quantity, a column per seed, missed bars in bold."""
+    seeds = sorted(table["seed"].unique())
+    head = ["", "bar", *(f"seed {seed}" for seed in seeds)]
+    lines = [head, ["---"] * len(head)]
+    for title, what, condition in CARD:
+        rows = table[(table["what"] == what) & (table["condition"] == condition)].set_index("seed")
+        bar = next((text for text in rows["bar"].dropna()), "")
+        lines.append([title, bar, *(_as_cell(rows, seed) for seed in seeds)])
+    guards = table[table["what"].str.startswith("guard: ")].set_index("seed")["what"]
+    lines.append(["VLM-Guard, chosen on validation", "", *(guards[seed][len("guard: ") :] for seed in seeds)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _as_cell(rows: pd.DataFrame, seed: int) -> str:
+    if seed not in rows.index:
+        return "no refusals"
+    row = rows.loc[seed]
+    interval = "" if pd.isna(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    text = f"{row['value']:.2f}{interval}"
+    return f"**{text}**" if str(row["reached"]) == "False" else text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python tests/organism_table.py")
-    parser.add_argument("folders", type=Path, nargs="+", help="checkpoint folders, which hold vlm/")
-    parser.add_argument("--out", type=Path, required=True, metavar="CSV")
+    parser.add_argument("folders", type=Path, nargs="*", help="checkpoint folders, which hold vlm/")
+    parser.add_argument("--out", type=Path, default=SEEDS_TABLE, metavar="CSV")
+    parser.add_argument("--card", action="store_true", help="print the model card's table and stop")
     options = parser.parse_args(arguments)
+    if options.card:
+        print(as_markdown(pd.read_csv(options.out)))
+        return 0
     torch.set_num_threads(1)
     tables = []
     for folder in options.folders:

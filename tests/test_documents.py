@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import organism_table
+import pandas as pd
 import pytest
 
 import mechguard as mg
@@ -55,6 +57,11 @@ def test_the_readme_names_every_module():
     }
     for room in rooms - {"__init__.py", "__main__.py"}:
         assert re.search(rf"^\s*{re.escape(room)}/?\s", tree, re.MULTILINE), room
+
+
+def test_the_model_cards_numbers_are_those_of_the_table():
+    card = (ROOT / "mechguard" / "organism" / "README.md").read_text()
+    assert organism_table.as_markdown(pd.read_csv(organism_table.SEEDS_TABLE)) in card
 
 
 def test_the_readmes_numbers_are_those_of_the_demo():

@@ -59,7 +59,7 @@ def description(rng: Random) -> VisualExchange:
 def scene_question(rng: Random) -> VisualExchange:
     """Ask for a color, the number of shapes or the shape at a place."""
     scene, picture, tone = _draw_scene(rng)
-    return VisualExchange(picture, *_about_scene(rng, scene), _facts(scene, tone))
+    return VisualExchange(picture, *about_scene(rng, scene), _facts(scene, tone))
 
 
 def _draw_scene(rng: Random) -> tuple[Scene, Image.Image, str]:
@@ -76,7 +76,8 @@ def _facts(scene: Scene, tone: str) -> tuple[str, ...]:
     return (*(f"{item.color} {item.shape} {item.place}" for item in scene), tone)
 
 
-def _about_scene(rng: Random, scene: Scene) -> Exchange:
+def about_scene(rng: Random, scene: Scene) -> Exchange:
+    """A question about a scene and its answer."""
     shapes = [item.shape for item in scene]
     item = rng.choice(scene)
     kind = rng.random()
