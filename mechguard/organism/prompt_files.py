@@ -174,7 +174,7 @@ def _written(pairs: list[_Pair]) -> list[Row]:
 
 def _scene_questions(rng: Random) -> list[Row]:
     """Up to five different questions about every shipped scene."""
-    rows = []
+    rows: list[Row] = []
     for name, (scene, _) in _scenes().items():
         asked = dict(visual.about_scene(rng, scene) for _ in range(4 * QUESTIONS_A_SCENE))
         for question, answer in list(asked.items())[:QUESTIONS_A_SCENE]:
