@@ -28,6 +28,8 @@ figures: demo
 	cp figures/demo/figures/behaviour.png figures/headline.png
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
+	cp figures/demo/results/sweep.csv figures/sweep.csv
+	cp figures/demo/results/sweep.json figures/sweep.json
 
 families: install
 	$(BIN)/python tests/families_table.py
