@@ -177,7 +177,19 @@ def _compare(table: pd.DataFrame, check: str, what: str, *, lower: bool) -> str:
         f"the decision (untouched {_share(at['none'])}, {k} random components {at['random']['value']:.0%} "
         f"{_interval(at['random'], share=True)} over draws): a difference from random of "
         f"{100 * best['value']:+.0f} points {_interval(best, share=True)}, which is {verdict}."
+        f"{_nats(table, best)}"
     )
+
+
+def _nats(table: pd.DataFrame, difference: Mapping[str, Any]) -> str:
+    """The same difference in log-odds, which also moves where all or none are refused."""
+    rows = _where(
+        table, check=difference["check"], k=difference["k"], choice="top - random", metric="log_odds"
+    )
+    if rows.empty:
+        return ""
+    row = rows.iloc[0].to_dict()
+    return f" In log-odds it is {row['value']:+.2f} {_interval(row)} nats."
 
 
 def _say_agreement(table: pd.DataFrame) -> str:

@@ -36,7 +36,7 @@ from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.result import Result
-from mechguard.separability import measure_separability
+from mechguard.separability import measure_separability, select_layers
 from mechguard.storage import read_json, versions, write_json
 from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
@@ -255,13 +255,15 @@ class Study:
             ("sweep on validation", self.sweep),
             ("behaviour on test", self.behaviour),
         ]
-        if circuits:
-            steps.append(("circuits", self.circuits))
         with tqdm(steps, unit="step", disable=not self.progress) as bar:
             for name, step in bar:
                 bar.set_description(name)
                 step()
         self._describe(command, time.monotonic() - started)
+        if circuits:
+            write_report(self.out)  # a model whose decision is not found still has its report
+            self.circuits()
+            self._describe(command, time.monotonic() - started)
         write_figures(self.out)
         return write_report(self.out)
 

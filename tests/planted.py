@@ -1,7 +1,8 @@
 """A tiny LLaVA whose circuit is known: one head writes the safety direction, another carries the picture.
 
-Head 2 of layer 1 looks at all tokens alike, finds the harmful nouns and writes the direction. Head 1 of layer 2
-looks at all tokens alike, finds the picture and writes against the direction. Everything else writes little.
+Head 2 of layer 1 looks at all tokens alike, finds the harmful nouns and writes the direction. Head 1 of
+layer 2 looks at all tokens alike, finds the picture and writes against the direction. Everything else writes
+little.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import mechguard as mg
 WRITER, MOVER = (1, 2), (2, 1)
 LAYER = 2
 SIZE = 8
-REFUSE, COMPLY = tiny.WORDS.index("sorry"), tiny.WORDS.index("sure")
 HARMFUL = ("bomb", "poison")
 
 

@@ -199,3 +199,53 @@ FACTS: dict[str, Any] = {
     "seconds": 93.2,
     "versions": {"python": "3.11", "torch": "2.13.0"},
 }
+
+
+def circuits() -> dict[str, Result]:
+    """Circuits of a model of two layers with two heads each."""
+    parts = [("head", 0), ("head", 1), ("mlp", -1)]
+    ranking = [
+        {"comparison": comparison, "position": position, "component": component, "layer": layer, "head": head,
+         "metric": "difference", **interval(0.1 * layer + 0.02 * place), "split": "validation"}
+        for comparison in ("harmful - harmless", "text - image")
+        for position in ("last", "decision")
+        for layer in range(2)
+        for place, (component, head) in enumerate(parts)
+    ]  # fmt: skip
+    patching = [
+        {"condition": target, "source": source, "component": "residual", "layer": layer, "head": -1,
+         "position": position, "metric": "log_odds_restored", **interval(0.3 * layer)}
+        for source, target in (("text", "blank"), ("blank", "text"))
+        for layer in range(2)
+        for position in ("request", "last")
+    ]  # fmt: skip
+    lens = [
+        {"condition": condition, "guard": guard, "layer": layer, "metric": "log_odds", **interval(0.5)}
+        for condition, guard in (("text", "none"), ("blank", "none"), ("blank", "vlm_guard"))
+        for layer in (0, 1, "output")
+    ]
+    where = [
+        {"condition": "blank", "layer": layer, "head": 0, "position": 2 * row + column, "row": row,
+         "column": column, "value": 0.1 + 0.1 * column + 0.01 * layer, "n": 4}
+        for layer in range(2)
+        for row in range(2)
+        for column in range(2)
+    ]  # fmt: skip
+    rows = {
+        "ranking": ranking,
+        "patching": patching,
+        "lens": lens,
+        "attention_map": where,
+        "checks": list(_check_rows()),
+    }
+    return {name: Result(pd.DataFrame(found), {"model": "pretend"}) for name, found in rows.items()}
+
+
+def _check_rows() -> Iterator[dict[str, Any]]:
+    for check, condition in (("ablate", "text"), ("restore", "blank")):
+        shared = {"check": check, "condition": condition, "metric": "refusal", "n": 48}
+        yield {**shared, "k": 0, "choice": "none", "value": 1.0, "low": 0.9, "high": 1.0}
+        for k in (2, 5):
+            for choice, value in (("top", 0.5), ("random", 0.9), ("top - random", -0.4)):
+                row = {"k": k, "choice": choice, "value": value, "low": value - 0.2, "high": value + 0.2}
+                yield {**shared, **row}

@@ -16,8 +16,9 @@ from mechguard import circuits
 from mechguard.circuits.decisions import encode_to_decision
 from mechguard.circuits.groups import align, find_groups
 from mechguard.circuits.passes import Place, hooked, run
-from mechguard.circuits.patterns import watched
 from mechguard.errors import MechguardError
+from mechguard.findings import describe_circuits
+from mechguard.report import CIRCUITS
 
 FAMILIES = ("organism", "llava", "qwen2_5_vl", "gemma3", "qwen3_vl", "glm4v")
 DECISION = circuits.Decision((), (planted.token("sorry"),), (planted.token("sure"),))
@@ -175,8 +176,10 @@ def test_attribution_patching_agrees_with_exact_patching_and_is_exact_where_the_
         )
         for method in ("exact", "gradient")
     ]
-    agreement = circuits.correlate(*both).where(component="head", metric="pearson").table
-    assert (agreement["value"] > 0.9).all()
+    agreement = circuits.correlate(*both).where(metric="pearson").table
+    assert (agreement["value"] > 0.7).all()
+    linear = agreement[(agreement["component"] == "head") & (agreement["score"] == "projection")]
+    assert linear["value"].iloc[0] > 0.99
     last = [
         result.where(component="residual", layer=planted.LAYER, position="last", metric="projection").table
         for result in both
@@ -195,8 +198,9 @@ def test_all_paths_of_a_head_are_its_patching_effect_and_the_direct_one_is_its_a
     ]
     assert direct == pytest.approx(written[0]["value"].mean() - written[1]["value"].mean(), abs=1e-4)
     total = paths[paths["component"] == "total"]["value"].iloc[0]
-    assert total == pytest.approx(direct, rel=0.1)
+    assert total == pytest.approx(direct, rel=0.15)
     behind = paths[paths["component"].isin(["head", "mlp"])]
+    assert total == pytest.approx(direct + behind["value"].sum(), abs=0.02)  # apart from joint answers
     assert set(zip(behind["component"], behind["layer"], strict=True)) == {
         ("mlp", 1),
         ("head", 2),
@@ -208,13 +212,10 @@ def test_a_hidden_picture_is_not_read(known, pairs):
     vlm, directions = known
     hidden = circuits.hide_image(
         vlm, pairs[0].with_image("blank"), directions, layer=planted.LAYER, decision=DECISION
-    ).where(metric="projection")
+    ).where(metric="log_odds")
     changes = hidden.table.set_index("layer")["value"]
     assert changes[2] > 1  # the mover is in layer 2, and it is blind from there on
-    assert changes[0] == pytest.approx(changes[2], rel=0.3)
-    blocked = torch.ones(1, 1, 1, dtype=torch.bool)
-    with watched(vlm, blocked={0: ~blocked}):
-        pass
+    assert changes[0] == pytest.approx(changes[2], rel=0.1)
     assert vlm.hf_model.config.text_config._attn_implementation == "sdpa"
 
 
@@ -331,7 +332,7 @@ def test_the_lens_at_the_last_layer_is_the_models_output_and_a_guard_moves_it(kn
     plain = circuits.apply_logit_lens(vlm, prompts, decision=decision).table.set_index("layer")["value"]
     assert plain[2] == pytest.approx(plain["output"], abs=1e-5)
     assert plain[0] != pytest.approx(plain["output"], abs=1e-2)
-    guard = mg.activation_addition(directions, layer=1, alpha=4.0)
+    guard = mg.vlm_guard(directions, layers=[1], alpha=9.0, project=False, gate="always", source="last")
     moved = circuits.apply_logit_lens(vlm, prompts, decision=decision, guard=guard).table
     moved = moved.set_index("layer")["value"]
     assert moved[0] == pytest.approx(plain[0], abs=1e-5)
@@ -341,7 +342,7 @@ def test_the_lens_at_the_last_layer_is_the_models_output_and_a_guard_moves_it(kn
 def test_two_passes_reach_the_decision_as_one_does(known, pairs):
     vlm, directions = known
     decision = circuits.Decision((planted.token("i"),), DECISION.refusal, DECISION.compliance)
-    idle = mg.activation_addition(directions, layer=1, alpha=0.0)
+    idle = mg.vlm_guard(directions, layers=[1], alpha=0.0, project=False, gate="always", source="last")
     one, two = (
         circuits.apply_logit_lens(vlm, pairs[0].with_image("blank"), decision=decision, guard=guard).table
         for guard in (None, idle)
@@ -413,3 +414,22 @@ def test_a_wrong_wish_is_one_sentence(known, pairs, options, message):
 def test_prompts_that_share_an_id_are_refused(known, pairs):
     with pytest.raises(MechguardError, match="share an id"):
         circuits.attribute(known[0], pairs[0] + pairs[0], known[1], layer=0)
+
+
+def test_a_section_makes_every_table_that_a_report_shows(known, tmp_path):
+    vlm, directions = known
+    prompts = tiny.prompts(pairs=4)
+    section = circuits.Section(
+        vlm, directions, planted.LAYER, prompts, prompts, limit=3, given=DECISION, progress=False
+    )
+    kept = section.run(lambda name, make: mg.Result.load(make().save(tmp_path / name)))
+    assert set(kept) == set(CIRCUITS)
+    for name, result in kept.items():
+        assert len(result), name
+        assert np.isfinite(result.table["value"]).all(), name
+    ranking = kept["ranking"].where(position="decision")
+    assert best(ranking, comparison="harmful - harmless") == planted.WRITER
+    assert best(ranking, comparison="text - image") == planted.MOVER
+    said = " ".join(describe_circuits(kept))
+    assert f"head {planted.WRITER[0]}.{planted.WRITER[1]}" in said
+    assert f"head {planted.MOVER[0]}.{planted.MOVER[1]}" in said

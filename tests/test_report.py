@@ -247,3 +247,15 @@ def test_writing_the_report_twice_gives_the_same_bytes(study: Path):
 )
 def test_layers_are_written_as_ranges(layers: list[int], text: str):
     assert summary._ranges(layers) == text
+
+
+def test_circuits_have_a_section_where_the_study_has_their_tables(study: Path, page: Page, tmp_path: Path):
+    assert "Circuits" not in page.text
+    folder = pretend.write_study(tmp_path / "study")
+    for name, result in pretend.circuits().items():
+        result.save(folder / "results" / f"circuits_{name}")
+    drawn = {path.stem for path in write_figures(folder) if path.suffix == ".html"}
+    assert {"circuits_heads", "circuits_waterfall", "circuits_checks", "circuits_patching"} <= drawn
+    text = Page(write_report(folder).read_text()).text
+    assert "Circuits: which parts write the direction" in text
+    assert "the top 5 components leave" in text

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechguard.errors import MechguardError
 from mechguard.judges import RefusalJudge, find_judge
 from mechguard.models import VLM
-from mechguard.prompts import Prompt
+from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.tracing import AnyPrompts, respond
 
-TELLING = 0.9  # the balanced share of answers that the deciding token must tell apart
+TELLING = 0.9  # the balanced share of prompts that the deciding token must tell apart
 LONGEST_PREFIX = 8
+MOST_PREFIXES = 24
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -56,42 +59,89 @@ def find_decision(
     *,
     judge: str | RefusalJudge = "refusal",
     max_new_tokens: int = 32,
+    samples: int = 2,
+    seed: int = 0,
 ) -> Decision:
     """Find where the model's answers to these prompts turn to refusal or compliance.
+
+    Every beginning that refusals and compliances share is tried: put behind all prompts, do the tokens that
+    followed it tell those that the model refuses from those that it answers? The one that tells most wins,
+    the shorter of equals.
 
     Args:
         prompts: some that it refuses and some that it answers; not those that are reported on.
         judge: "refusal" (the model's own judge, or keywords), "keywords", or a RefusalJudge.
+        samples: so many answers are sampled beside the greedy one, to see more beginnings.
 
     Raises:
-        MechguardError: it refuses all or none of them, or no single token tells the two apart.
+        MechguardError: it refuses all or none of them, or no beginning tells nine in ten apart.
     """
+    sent = model.prepare(as_prompts(prompts))
     verdict = find_judge(judge, model.folder)
-    answers = respond(model, prompts, max_new_tokens=max_new_tokens, progress=False)
-    judged = [(verdict(answer.text), answer.ids) for answer in answers]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
+    greedy = respond(model, sent, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        more = [respond(model, sent, do_sample=True, **options) for _ in range(samples)]
+    judged = [(verdict(answer.text), answer.ids) for answers in (greedy, *more) for answer in answers]
     refused = [ids for said, ids in judged if said.keyword_refusal]
-    complied = [ids for said, ids in judged if said.complied]
-    if not refused or not complied:
+    complied = [ids for said, ids in judged if said.complied and not said.keyword_refusal]
+    first = [said for said, _ in judged[: len(greedy)]]
+    refuses = torch.tensor([said.keyword_refusal for said in first])
+    answers = torch.tensor([said.complied and not said.keyword_refusal for said in first])
+    if not refuses.any() or not answers.any():
         raise MechguardError(
-            f"{model.name} refuses {len(refused)} and answers {len(complied)} of {len(answers)} prompts; "
-            "give prompts of which it refuses some and answers some"
+            f"{model.name} refuses {int(refuses.sum())} and answers {int(answers.sum())} of {len(first)} "
+            "prompts; give prompts of which it refuses some and answers some"
         )
-    prefix: tuple[int, ...] = ()
-    while len(prefix) <= LONGEST_PREFIX:
+    tried = {
+        candidate: _told(model, sent, candidate, refuses, answers)
+        for candidate in _candidates(refused, complied)
+    }
+    best = max(tried, key=lambda candidate: (tried[candidate], -len(candidate.prefix)), default=None)
+    if best is None or tried[best] < TELLING:
+        raise MechguardError(
+            f"no beginning of its answers tells what {model.name} refuses from what it answers (the best "
+            f"tells {max(tried.values(), default=0):.0%} of {len(first)}); give a Decision of your own"
+        )
+    return replace(best, words=_describe(model, best))
+
+
+def _candidates(refused: list[tuple[int, ...]], complied: list[tuple[int, ...]]) -> list[Decision]:
+    """The most common beginnings that both kinds of answers share, and what follows them in each."""
+    shared = [
+        Counter(ids[:size] for ids in answers for size in range(min(len(ids), LONGEST_PREFIX + 1)))
+        for answers in (refused, complied)
+    ]
+    common = {
+        prefix: min(count, shared[1][prefix]) for prefix, count in shared[0].items() if shared[1][prefix]
+    }
+    found = []
+    for prefix in sorted(common, key=lambda prefix: -common[prefix])[:MOST_PREFIXES]:
         first, second = _shares(refused, prefix), _shares(complied, prefix)
-        telling = [token for token in first if first[token] > second.get(token, 0.0)]
-        others = [token for token in second if second[token] > first.get(token, 0.0)]
-        told = (sum(first[token] for token in telling) + sum(second[token] for token in others)) / 2
-        if telling and others and told >= TELLING:
-            return Decision(prefix, tuple(telling), tuple(others), _describe(model, prefix, telling, others))
-        common = {token: min(share, second.get(token, 0.0)) for token, share in first.items()}
-        best = max(common, key=lambda token: common[token], default=None)
-        if best is None or not common[best]:
-            break
-        prefix = (*prefix, best)
-    raise MechguardError(
-        f"no single token tells refusals of {model.name} from compliances; give a Decision of your own"
-    )
+        telling = tuple(token for token in first if first[token] > second.get(token, 0.0))
+        others = tuple(token for token in second if second[token] > first.get(token, 0.0))
+        if telling and others:
+            found.append(Decision(prefix, telling, others))
+    return found
+
+
+def _told(
+    model: VLM,
+    prompts: Prompts,
+    decision: Decision,
+    refuses: Bool[Tensor, " prompt"],
+    answers: Bool[Tensor, " prompt"],
+) -> float:
+    """The balanced share of prompts whose log-odds have the sign of what the model does."""
+    odds = []
+    for start in range(0, len(prompts), BATCH):
+        encoded = encode_to_decision(model, list(prompts[start : start + BATCH]), decision)
+        with torch.no_grad():
+            logits = model.hf_model(**encoded, **model.position_ids(encoded), use_cache=False).logits
+        odds.append(decision.log_odds(logits[:, -1]).cpu())
+    positive = torch.cat(odds) > 0
+    return float(positive[refuses].float().mean() + (~positive[answers]).float().mean()) / 2
 
 
 def encode_to_decision(model: VLM, batch: Sequence[Prompt], decision: Decision | None) -> dict[str, Tensor]:
@@ -119,9 +169,9 @@ def _shares(answers: list[tuple[int, ...]], prefix: tuple[int, ...]) -> dict[int
     return {token: count / total for token, count in following.items()}
 
 
-def _describe(model: VLM, prefix: tuple[int, ...], refusal: list[int], compliance: list[int]) -> str:
+def _describe(model: VLM, decision: Decision) -> str:
     def words(tokens: Sequence[int]) -> str:
         return " / ".join(repr(model.tokenizer.decode([token]).strip()) for token in tokens)
 
-    behind = f"behind {model.tokenizer.decode(list(prefix))!r}: " if prefix else ""
-    return f"{behind}{words(refusal)} against {words(compliance)}"
+    behind = f"behind {model.tokenizer.decode(list(decision.prefix))!r}: " if decision.prefix else ""
+    return f"{behind}{words(decision.refusal)} against {words(decision.compliance)}"

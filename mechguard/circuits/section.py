@@ -36,6 +36,7 @@ class Section:
         image: the image condition beside text.
         guard: what the logit lens and the checks are compared with; None for none.
         limit: at most so many prompts of each label for patching; twice as many for the rest.
+        given: where the model decides, if that is known; found in its answers otherwise.
     """
 
     vlm: VLM
@@ -48,6 +49,7 @@ class Section:
     limit: int = 24
     seed: int = 0
     progress: bool = True
+    given: Decision | None = None
 
     @property
     def tables(self) -> dict[str, Callable[[], Result]]:
@@ -76,7 +78,9 @@ class Section:
 
     @cached_property
     def decision(self) -> Decision:
-        """Where the model decides, from its own answers to validation prompts as text."""
+        """Where the model decides: as given, or from its own answers to validation prompts as text."""
+        if self.given is not None:
+            return self.given
         asked = first(self.validation, HARMFUL, 2 * self.limit) + first(
             self.validation, HARMLESS, 2 * self.limit
         )
