@@ -12,6 +12,7 @@ import pandas as pd
 
 from mechguard.result import Result
 
+FEW = 0.15  # of all components: up to so many are few
 REPORTED_K = 5  # of the numbers of components that were tried, the largest up to this one is reported
 POSITION_WORDS = {
     "image": "the image tokens",
@@ -65,10 +66,10 @@ def _say_writers(ranking: Result) -> str:
             f"{_name(row)} ({row['value']:+.2f} {_interval(row)})" for row in rows.head(3).to_dict("records")
         )
         half, count = components_for_half(rows)
-        spread = "concentrated" if half <= 0.15 * count else "spread over many components"
+        spread = "concentrated in few" if half <= FEW * count else "spread over many"
         sentences.append(
             f"The components that {words} are {top}; of {count} components, {half} make half of what is "
-            f"written by size, so it is {spread}."
+            f"written by size: it is {spread}."
         )
     decision = ranking.about.get("decision")
     about = f" Measured where the model decides ({decision}), on validation prompts." if decision else ""
@@ -100,22 +101,29 @@ def _say_patching(table: pd.DataFrame) -> str:
     rows = table[(table["metric"] == "log_odds_restored") & (table["component"] == "residual")]
     sentences = []
     for (source, target), way in rows.groupby(["source", "condition"], sort=False):
-        # After the last layer nothing moves between positions, so the place of reading explains everything.
-        early = way[way["layer"] < way["layer"].max()]
-        if early.empty:
+        # The score is read at the last position, where a late state carries everything by necessity.
+        reading = "answer" if "answer" in set(way["position"]) else "last"
+        others, read = way[way["position"] != reading], way[way["position"] == reading]
+        if others.empty:
             continue
-        best = early.sort_values("value").iloc[-1].to_dict()
-        last = early[early["position"] == "last"]
+        best = others.sort_values("value").iloc[-1].to_dict()
+        half = read[read["value"] >= 0.5].sort_values("layer")
+        carried = (
+            f"; where the score is read, {POSITION_WORDS[reading]}, half of it has arrived after layer "
+            f"{int(half.iloc[0]['layer'])}"
+            if len(half)
+            else ""
+        )
+        last = others[others["position"] == "last"].sort_values("value")
         aside = ""
-        if len(last):
-            most = last.sort_values("value").iloc[-1].to_dict()
-            aside = (
-                f"; at the last token of the prompt at most {most['value']:.0%} {_interval(most, share=True)}"
-            )
+        if len(last) and best["position"] != "last":
+            most = last.iloc[-1].to_dict()
+            share = f"{most['value']:.0%} {_interval(most, share=True)}"
+            aside = f", and at the last token of the prompt at most {share}"
         sentences.append(
-            f"Putting states of the {source} run into the {target} run moves the log-odds of refusal most at "
-            f"{POSITION_WORDS[str(best['position'])]} after layer {best['layer']}: "
-            f"{best['value']:.0%} {_interval(best, share=True)} of the difference{aside}."
+            f"Of the difference in log-odds, states of the {source} run put into the {target} run carry most "
+            f"at {POSITION_WORDS[str(best['position'])]} after layer {best['layer']}: {best['value']:.0%} "
+            f"{_interval(best, share=True)}{aside}{carried}."
         )
     return " ".join(sentences)
 
@@ -177,8 +185,15 @@ def _compare(table: pd.DataFrame, check: str, what: str, *, lower: bool) -> str:
         f"the decision (untouched {_share(at['none'])}, {k} random components {at['random']['value']:.0%} "
         f"{_interval(at['random'], share=True)} over draws): a difference from random of "
         f"{100 * best['value']:+.0f} points {_interval(best, share=True)}, which is {verdict}."
-        f"{_nats(table, best)}"
+        f"{_nats(table, best)}{_by_number(rows)}"
     )
+
+
+def _by_number(rows: pd.DataFrame) -> str:
+    """Every number of components that was tried, top against random."""
+    wide = rows[rows["k"] > 0].pivot(index="k", columns="choice", values="value")
+    cells = ", ".join(f"{k}: {row['top']:.0%} / {row['random']:.0%}" for k, row in wide.iterrows())
+    return f" By their number, top / random: {cells}."
 
 
 def _nats(table: pd.DataFrame, difference: Mapping[str, Any]) -> str:
