@@ -147,9 +147,9 @@ def _say_hidden(table: pd.DataFrame) -> str:
 def _say_ablated(table: pd.DataFrame) -> str:
     sentences = [_compare(table, "ablate", "Set to their mean in text", lower=True)]
     whole = _where(table, check="ablate", metric="keyword_refusal")
-    if len(whole):
-        cells = "; ".join(f"{row['choice']} {_share(row)}" for row in whole.to_dict("records"))
-        sentences.append(f"In whole answers, with {int(whole['k'].max())} components, refusals are: {cells}.")
+    for k, rows in whole.groupby("k"):
+        cells = "; ".join(f"{row['choice']} {_share(row)}" for row in rows.to_dict("records"))
+        sentences.append(f"In whole answers, with {k} components, refusals are: {cells}.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 

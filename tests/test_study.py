@@ -206,3 +206,12 @@ def test_a_setting_that_is_too_small_is_refused_before_anything_is_loaded(option
 
 def test_an_unknown_option_is_exit_code_two():
     assert run("study", "organism", "--colour", "red", check=False).returncode == 2
+
+
+def test_circuits_of_a_text_only_model_are_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(mg.MechguardError, match="nothing for circuits to compare text with"):
+        mg.run_study(
+            tiny.llama(), processor=tiny.tokenizer(), data=data, out=tmp_path / "run", circuits=True,
+            progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()

@@ -174,7 +174,7 @@ class Check:
             answers = self._answers(text, parts, edits, tokens)
             count = sum(verdict(answer).keyword_refusal for answer in answers)
             low, high = wilson_interval(count, len(answers))
-            rows.append({"check": "ablate", "condition": "text", "k": len(parts), "choice": choice,
+            rows.append({"check": "ablate", "condition": "text", "k": k, "choice": choice,
                          "metric": "keyword_refusal", "value": count / len(answers), "low": low, "high": high,
                          "n": len(answers)})  # fmt: skip
         return self._result(rows)

@@ -170,7 +170,8 @@ class Section:
         ks = [k for k in KS if 2 * k <= parts] or [1]  # as many others must be left to draw from
         found = check.ablate(rankings["harmful - harmless"], ks=ks)
         found += check.restore(rankings["text - image"], ks=ks)
-        found += check.generate(rankings["harmful - harmless"], k=min(GENERATED_K, ks[-1]))
+        for k in sorted({min(GENERATED_K, ks[-1]), ks[-1]}):
+            found += check.generate(rankings["harmful - harmless"], k=k)
         return found if self.guard is None else found + check.guarded(self.guard)
 
     @property
