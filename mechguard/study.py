@@ -98,6 +98,7 @@ class Study:
     settings: Settings
     out: Path
     progress: bool = True
+    with_circuits: bool = False
 
     @cached_property
     def conditions(self) -> list[str]:
@@ -243,7 +244,7 @@ class Study:
         )
         return section.run(lambda name, make: self._kept(Result, f"results/circuits_{name}", make))
 
-    def run(self, command: str, *, circuits: bool = False) -> Path:
+    def run(self, command: str) -> Path:
         """Make every product that is not there yet, then the figures and the report."""
         started = time.monotonic()
         steps: list[tuple[str, Callable[[], Any]]] = [
@@ -260,7 +261,7 @@ class Study:
                 bar.set_description(name)
                 step()
         self._describe(command, time.monotonic() - started)
-        if circuits:
+        if self.with_circuits:
             write_report(self.out)  # a model whose decision is not found still has its report
             self.circuits()
             self._describe(command, time.monotonic() - started)
@@ -352,12 +353,12 @@ def run_study(
     folder = Path(out)
     _claim(folder, vlm, prompts, settings)
     warn_of_shared(prompts.kept_apart)
-    study = Study(vlm, prompts, settings, folder, progress)
+    study = Study(vlm, prompts, settings, folder, progress, with_circuits=circuits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
         flag = " --circuits" if circuits else ""
         said = command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}{flag}"
-        return study.run(said, circuits=circuits)
+        return study.run(said)
 
 
 def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) -> None:
