@@ -25,7 +25,7 @@ from mechguard.activations import Activations
 from mechguard.datasets import load_from_folder, packaged_folder
 from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
-from mechguard.evaluation import default_conditions, evaluate
+from mechguard.evaluation import evaluate
 from mechguard.gap import measure_modality_gap
 from mechguard.guards import Guard, measure_gates, projection
 from mechguard.loading import load
@@ -34,6 +34,7 @@ from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
+from mechguard.responses import default_conditions
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
 from mechguard.storage import read_json, versions, write_json

@@ -14,7 +14,7 @@ from mechguard.directions import Directions
 from mechguard.errors import MechguardError
 from mechguard.evaluation import evaluate
 from mechguard.guards import Guard, Scope, Source, vlm_guard
-from mechguard.judges import RefusalJudge
+from mechguard.judges import AnyJudge
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
@@ -57,7 +57,7 @@ def sweep(
     ranks: Sequence[int] = (1,),
     variants: Mapping[str, Variant] | None = None,
     conditions: Sequence[str] | None = None,
-    judge: str | RefusalJudge = "refusal",
+    judge: AnyJudge = "refusal",
     max_new_tokens: int = 64,
     split: str = "validation",
     progress: bool = True,

@@ -70,5 +70,5 @@ def test_a_judge_file_that_is_none_is_refused(tmp_path, content):
 
 
 def test_an_unknown_judge_is_refused():
-    with pytest.raises(ValueError, match='use "refusal", "keywords" or a RefusalJudge'):
+    with pytest.raises(ValueError, match="'llama' is not known; use one of refusal, keywords, arditi"):
         find_judge("llama", None)
