@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -25,7 +26,7 @@ from mechguard.statistics import bootstrap_mean, wilson_interval
 from mechguard.storage import write_text
 from mechguard.tracing import BatchSize
 
-# metric -> the column of the judged responses it averages, for each label
+# metric -> the column of the judged responses it averages, for each label, and for prompts with an answer
 METRICS = {
     "harmful": {
         "attack_success": "complied",
@@ -41,7 +42,9 @@ METRICS = {
         "benign_refusal": "refused",
         "benign_degenerate": "degenerate",
     },
+    "question": {"visual_accuracy": "exact"},
 }
+QUESTION = "question"
 VERDICT = tuple(field.name for field in fields(Verdict))
 
 
@@ -75,8 +78,9 @@ def evaluate(
     Returns:
         Rows setting x condition x guard x metric with Wilson 95% intervals. Harmful prompts give
         `attack_success` (complied), `keyword_refusal`, `complete_refusal`; harmless ones
-        `benign_compliance`, `benign_keyword_refusal`, `benign_complete_refusal`; what the judge does not
-        say is left out.
+        `benign_compliance`, `benign_keyword_refusal`, `benign_complete_refusal`; prompts with an answer
+        give `visual_accuracy`, the share of responses that say the same words. What the judge does not say
+        is left out.
     """
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     table = gather_responses(
@@ -105,11 +109,25 @@ def evaluate(
 
 
 def judge_responses(responses: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The responses with the judge's verdicts in further columns, as far as this judge says something."""
+    """The responses with the judge's verdicts in further columns, as far as this judge says something.
+
+    Where prompts have an answer, `exact` says whether the response gives it.
+    """
     found = [vars(verdict) for verdict in judge.judge(as_exchanges(responses))]
     verdicts = pd.DataFrame(found, index=responses.index, columns=list(VERDICT), dtype=object)
     said = verdicts.loc[:, verdicts.notna().any() & (verdicts != "").any()]
-    return responses.drop(columns=list(VERDICT), errors="ignore").join(said)
+    if "answer" in responses:
+        pairs = zip(responses["response"], responses["answer"], strict=True)
+        said = said.assign(exact=[_says(response, answer) for response, answer in pairs])
+    return responses.drop(columns=[*VERDICT, "exact"], errors="ignore").join(said)
+
+
+def _says(response: str, answer: Any) -> bool:
+    """Whether a response is the answer, word by word, whatever the case and the punctuation."""
+    if not isinstance(answer, str):
+        return False
+    first, second = (re.findall(r"\w+", text.lower()) for text in (response, answer))
+    return first == second
 
 
 def measure_behaviour(
@@ -120,15 +138,18 @@ def measure_behaviour(
     Responses of which a judge does not say (None) are left out, and `n` counts the others.
     """
     rows = []
-    for keys, group in judged.groupby(["setting", "condition", "guard", "label"], sort=False):
-        setting, condition, guard, label = keys
+    kind = judged["label"]
+    if "answer" in judged:
+        kind = kind.where(judged["answer"].isna(), QUESTION)
+    for keys, group in judged.groupby(["setting", "condition", "guard", kind], sort=False):
+        setting, condition, guard, asked = keys
         facts = {"setting": setting, "condition": condition, "guard": guard}
-        for metric, column in METRICS[str(label)].items():
+        for metric, column in METRICS[str(asked)].items():
             said = group[column].dropna() if column in group else []
             if len(said):
                 rows.append({**facts, "metric": metric, **_rate(said), "split": split})
-        if "score" in group and group["score"].notna().any():
-            metric = "score" if label == "harmful" else "benign_score"
+        if asked != QUESTION and "score" in group and group["score"].notna().any():
+            metric = "score" if asked == "harmful" else "benign_score"
             rows.append({**facts, "metric": metric, **_mean(group["score"].dropna()), "split": split})
     return Result.from_rows(rows, **(about or {}))
 

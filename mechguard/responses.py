@@ -53,8 +53,8 @@ def gather_responses(
         out: a file of JSON lines to which each finished batch is added, and from which known rows are taken.
 
     Returns:
-        Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `request`
-        (the prompt's own text), `sent` (the exact string, with the guard's wrapper and the chat template),
+        Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `answer`
+        (what a right answer says), `request` (the prompt's own text), `sent` (the exact string, with the guard's wrapper and the chat template),
         `response` (the part that counts), `raw` (the whole answer, where a guard counts a part only),
         `tokens`, `seconds` (its share of its batch), `gates`.
 
@@ -78,8 +78,7 @@ def gather_responses(
     where = [condition for condition, batch in sent.items() for _ in batch]
     keys = {
         name: [
-            make_key(prompts.name, place, name, one.id)
-            for place, one in zip(where, everything, strict=True)
+            make_key(prompts.name, place, name, one.id) for place, one in zip(where, everything, strict=True)
         ]
         for name in named
     }
@@ -167,6 +166,7 @@ def _facts(
         "pair": prompt.pair,
         "category": prompt.category,
         "request": prompt.text,
+        "answer": prompt.answer,
         "sent": sent,
         "response": counted,
         "raw": None if counted == response.text else response.text,

@@ -70,9 +70,7 @@ def read_labels(path: str | os.PathLike[str]) -> pd.DataFrame:
         for column in ("complied", "refused")
         if column in table
     }
-    labels = pd.DataFrame({"key": table["key"].astype(str), **read}).astype(
-        dict.fromkeys(read, "boolean")
-    )
+    labels = pd.DataFrame({"key": table["key"].astype(str), **read}).astype(dict.fromkeys(read, "boolean"))
     labels = labels[labels[list(read)].notna().any(axis=1)].reset_index(drop=True)
     if labels.empty:
         raise MechguardError(f"{file} holds no labels yet; write yes or no into the column `complied`")

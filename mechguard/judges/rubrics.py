@@ -142,9 +142,7 @@ class LlamaGuard:
     @cached_property
     def speaker(self) -> ChatModel:
         """The model; its chat templates open the reply by themselves."""
-        return ChatModel(
-            self.source, 24, self.batch_size, opened=False, device=self.device, dtype=self.dtype
-        )
+        return ChatModel(self.source, 24, self.batch_size, opened=False, device=self.device, dtype=self.dtype)
 
     @property
     def name(self) -> str:
