@@ -185,7 +185,7 @@ class Comparison:
 
     def choose(self) -> dict[str, Setting]:
         """The setting of every method, by `RULE` on validation prompts."""
-        prompts = _limited(self.validation, self.limit)
+        prompts = self.validation.first_of_each_label(self.limit)
         plain = self._cell("validation", UNGUARDED, {}, lambda: self._rates(prompts, None))
         chosen = {}
         for name, method in tqdm(self.methods.items(), desc="methods", disable=not self.progress):
@@ -206,10 +206,10 @@ class Comparison:
 
     def run(self) -> Result:
         """Choose on validation, report on test; the table is also written to the folder."""
-        self._claim()
+        self.claim()
         chosen = self.choose()
         rows = []
-        for name, setting, guard in self._reported(chosen):
+        for name, setting, guard in self.guards(chosen):
             key = {"guard": name, **setting}
             found = self._cell("test", name, key, partial(self._tested, guard))
             rows += [{**row, "guard": name, "layers": format_layers(setting["layers"])} for row in found]
@@ -219,14 +219,23 @@ class Comparison:
             "rule": RULE,
             "chosen": chosen,
             "layer_sets": self.layer_sets,
-            "n_validation": len(_limited(self.validation, self.limit)),
+            "n_validation": len(self.validation.first_of_each_label(self.limit)),
             "seed": self.seed,
         }
         result = Result.from_rows(rows, **about)
         result.save(self.out / "defences")
         return result
 
-    def _reported(self, chosen: Mapping[str, Setting]) -> list[tuple[str, Setting, AnyGuard | None]]:
+    def guards(
+        self, chosen: Mapping[str, Setting], *, controls: int = CONTROLS, shuffled: bool = True
+    ) -> list[tuple[str, Setting, AnyGuard | None]]:
+        """No guard, then every method in its chosen setting with its controls beside it.
+
+        Args:
+            chosen: of `choose`.
+            controls: random draws beside every method that can have them.
+            shuffled: whether a fit on shuffled labels stands beside it too.
+        """
         found: list[tuple[str, Setting, AnyGuard | None]] = [
             (UNGUARDED, {"layers": [], "alpha": 0.0, "rank": 0}, None)
         ]
@@ -236,11 +245,12 @@ class Comparison:
             found.append((name, setting, guard))
             if not method.controlled or isinstance(guard, guards.Chain):
                 continue
-            for draw in range(1, CONTROLS + 1):
+            for draw in range(1, controls + 1):
                 control = guard.randomised(self.seed + draw)
                 found.append((f"{name}; random {draw}", setting, control.renamed(f"{name}; random {draw}")))
-            shuffled = method.make(self.states.shuffled(self.seed), setting)
-            found.append((f"{name}; shuffled", setting, shuffled.renamed(f"{name}; shuffled")))
+            if shuffled:
+                fitted = method.make(self.states.shuffled(self.seed), setting)
+                found.append((f"{name}; shuffled", setting, fitted.renamed(f"{name}; shuffled")))
         return found
 
     def _tried(self, prompts: Prompts, method: Method, setting: Setting) -> list[dict[str, Any]]:
@@ -309,7 +319,7 @@ class Comparison:
     def _known(self) -> dict[str, list[dict[str, Any]]]:
         return {line["cell"]: line["rows"] for line in read_lines(self.out / "cells.jsonl")}
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Bind the folder to this model and these prompts.
 
         Raises:
@@ -372,14 +382,3 @@ def compare_guards(
         model, anchors, validation, tests, Path(out), chosen, progress=progress, **settings
     )
     return comparison.run()
-
-
-def _limited(prompts: Prompts, limit: int) -> Prompts:
-    """The first `limit` prompts of each label."""
-    kept: dict[str, int] = {}
-    rows = []
-    for prompt in prompts:
-        kept[prompt.label] = kept.get(prompt.label, 0) + 1
-        if kept[prompt.label] <= limit:
-            rows.append(prompt)
-    return Prompts(rows, name=prompts.name)

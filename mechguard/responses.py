@@ -53,10 +53,10 @@ def gather_responses(
         out: a file of JSON lines to which each finished batch is added, and from which known rows are taken.
 
     Returns:
-        Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `answer`
-        (what a right answer says), `request` (the prompt's own text), `sent` (the exact string, with the guard's wrapper and the chat template),
-        `response` (the part that counts), `raw` (the whole answer, where a guard counts a part only),
-        `tokens`, `seconds` (its share of its batch), `gates`.
+        Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `request`
+        (the prompt's own text), `answer` (what a right answer says), `sent` (the exact string, with the
+        guard's wrapper and the chat template), `response` (the part that counts), `raw` (the whole answer,
+        where a guard counts a part only), `tokens`, `seconds` (its share of its batch), `gates`.
 
     Raises:
         MechguardError: two guards have one name, or `out` holds responses of another model, of other

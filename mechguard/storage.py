@@ -177,6 +177,12 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_name(name: str) -> str:
+    """A name as a file's; where letters had to go, a mark keeps it apart from others."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return plain if plain == name else f"{plain[:60]}-{digest(name)[:6]}"
+
+
 def _stem(path: str | os.PathLike[str]) -> Path:
     stem = Path(path)
     return stem.with_suffix("") if stem.suffix in {".json", ".safetensors"} else stem

@@ -184,7 +184,7 @@ class Study:
     def _swept(self, **grid: Any) -> Result:
         return sweep(
             self.vlm,
-            _first_of_each_label(self.prompts.validation, self.settings.sweep_limit),
+            self.prompts.validation.first_of_each_label(self.settings.sweep_limit),
             self.ssd,
             conditions=self.image_conditions or ["text"],
             max_new_tokens=self.settings.max_new_tokens,
@@ -313,7 +313,7 @@ def run_study(
     """
     _check_settings(max_rank=max_rank, max_new_tokens=max_new_tokens, limit=limit)
     vlm = model if isinstance(model, VLM) else load(model, processor=processor)
-    prompts = load_study_prompts(_data_folder(vlm, data), limit)
+    prompts = load_study_prompts(find_data_folder(vlm, data), limit)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
@@ -363,18 +363,23 @@ def find_study_prompts(
     Raises:
         MechguardError: no folder, or a set is missing or not what its role wants.
     """
-    return load_study_prompts(_data_folder(vlm, data), limit)
+    return load_study_prompts(find_data_folder(vlm, data), limit)
 
 
 def find_jailbreaks(vlm: VLM, data: str | os.PathLike[str] | None = None) -> Prompts | None:
     """The jailbreak prompts beside the sets of a study, where there are some."""
     for name in JAILBREAKS:
         with contextlib.suppress(MechguardError):
-            return load_from_folder(name, _data_folder(vlm, data))
+            return load_from_folder(name, find_data_folder(vlm, data))
     return None
 
 
-def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
+def find_data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
+    """Where the prompts of a study are: the given folder, the organism's own, or MECHGUARD_DATA.
+
+    Raises:
+        MechguardError: none of them.
+    """
     if data is not None:
         return Path(data)
     if vlm.name.split(":")[0] == "organism":
@@ -388,18 +393,7 @@ def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
 
 
 def _limited(prompts: Prompts, limit: int | None) -> Prompts:
-    return prompts if limit is None else _first_of_each_label(prompts, limit)
-
-
-def _first_of_each_label(prompts: Prompts, limit: int) -> Prompts:
-    """The first `limit` prompts of each label, which keeps pairs that are in the same order."""
-    kept = []
-    counts: dict[str, int] = {}
-    for prompt in prompts:
-        counts[prompt.label] = counts.get(prompt.label, 0) + 1
-        if counts[prompt.label] <= limit:
-            kept.append(prompt)
-    return Prompts(kept, name=prompts.name)
+    return prompts if limit is None else prompts.first_of_each_label(limit)
 
 
 def _layer_sets(validation: Result, n_layers: int) -> list[list[int]]:

@@ -26,9 +26,10 @@ ROWS = [
     {"guards"},
     {"tracing"},
     {"responses", "report", "doctor"},
-    {"evaluation"},
-    {"sweeps", "searches"},
-    {"study", "comparison"},
+    {"evaluation", "quality"},
+    {"sweeps", "searches", "judging"},
+    {"study", "comparison", "inspect_logs"},
+    {"protocol"},
     {"cli"},
     {"__main__"},
 ]
@@ -104,7 +105,7 @@ def test_plots_and_statistics_import_neither_torch_nor_a_model():
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
-OPTIONAL = {"kaleido", "optuna"}  # looked for, and done without where it is missing
+OPTIONAL = {"kaleido", "optuna", "inspect_ai"}  # looked for, and done without where it is missing
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
