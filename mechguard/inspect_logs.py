@@ -1,7 +1,7 @@
-"""A run as a log of Inspect (inspect_ai), whose viewer shows it: `inspect view --log-dir DIR` (extra `inspect`).
+"""A run as a log of Inspect (inspect_ai), for `inspect view --log-dir DIR` (extra `inspect`).
 
-One sample per response, its id the response's key; one score per judge, 1 for complied and 0 for not; condition,
-guard, the exact string that was sent and the gates stand in the sample's metadata.
+One sample per response, its id the response's key; one score per judge, 1 for complied and 0 for not;
+condition, guard, the exact string that was sent and the gates stand in the sample's metadata.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _samples(responses: pd.DataFrame, judged: dict[str, pd.DataFrame], model: st
 
 
 def _score(verdict: dict[str, Any], response: str) -> Any:
-    """1 for complied, 0 for not; a judge that goes by something else gives its own word; none says nothing."""
+    """1 for complied, 0 for not; where a judge says another word, 1 for that; None where it says none."""
     from inspect_ai.scorer import Score
 
     said = {name: _plain(verdict[name]) for name in VERDICT if name in verdict}

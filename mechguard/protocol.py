@@ -3,9 +3,9 @@
     choose settings on validation -> answer everything (stored as it comes) -> judge -> quality -> tables
 
 Three settings of malicious instructions (MaliciousInstruct; jailbreak templates; MM-Harmful Bench), benign
-sets for over-refusal, and visual questions where there are some; for the organism its own counterparts. A run
-is a folder; one that was killed goes on where it stopped and ends in the same tables. Judging reads the stored
-responses and can be repeated with other judges without a model (`judging.judge_run`).
+sets for over-refusal, and visual questions where there are some; for the organism its own counterparts. A
+run is a folder; one that was killed goes on where it stopped and ends in the same tables. Judging reads the
+stored responses and can be repeated with other judges without a model (`judging.judge_run`).
 """
 
 from __future__ import annotations
