@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mechguard.comparison import METHODS, Comparison
+from mechguard.comparison import METHODS, Comparison, Method
 from mechguard.datasets import load_from_folder
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
@@ -49,6 +49,7 @@ GUARDS = (
     "self_reminder",
     "goal_priority",
 )
+ALPHAS = (1.0, 2.0)  # strengths that are tried on validation
 JUDGES = ("refusal", "arditi", "qi", "coherence")
 PERPLEXITIES = "perplexities.jsonl"
 
@@ -137,7 +138,7 @@ class Protocol:
             self.validation,
             {},
             self.out / "choosing",
-            methods={name: METHODS[name] for name in self.options.guards},
+            methods={name: _with_alphas(METHODS[name]) for name in self.options.guards},
             conditions=("text", "blank") if self.vlm.takes_images else ("text",),
             limit=self.options.validation_limit,
             seed=self.options.seed,
@@ -307,6 +308,11 @@ def _first_found(setting: Setting, folder: Path) -> Prompts | None:
         with contextlib.suppress(MechguardError):
             return load_from_folder(source, folder)
     return None
+
+
+def _with_alphas(method: Method) -> Method:
+    """The method with the strengths that the protocol tries, for those that have a strength."""
+    return replace(method, alphas=ALPHAS) if len(method.alphas) > 1 else method
 
 
 def _measure_costs(responses: pd.DataFrame) -> Result:
