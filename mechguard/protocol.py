@@ -27,7 +27,7 @@ from mechguard.comparison import METHODS, Comparison, Method
 from mechguard.datasets import load_from_folder
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
-from mechguard.judges import AnyJudge
+from mechguard.judges import REFUSAL_OPENINGS, AnyJudge
 from mechguard.judging import RESPONSES, judge_run
 from mechguard.models import VLM
 from mechguard.prompts import Label, Prompts
@@ -178,6 +178,7 @@ class Protocol:
                     conditions=conditions,
                     max_new_tokens=self.options.max_new_tokens,
                     first_token=True,
+                    refusal_openings=REFUSAL_OPENINGS,
                     out=self.out / RESPONSES,
                     progress=self.progress,
                 )
