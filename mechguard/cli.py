@@ -279,7 +279,9 @@ def protocol(
     condition: Annotated[
         list[str] | None, typer.Option(help="an image condition; may be given again")
     ] = None,
-    limit: Annotated[int, typer.Option(help="at most so many prompts of each setting")] = 100,
+    limit: Annotated[
+        int | None, typer.Option(help="at most so many prompts of each setting; 100, of the organism 50")
+    ] = None,
     validation_limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 25,
     controls: Annotated[int, typer.Option(help="random directions beside every guard")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
@@ -299,12 +301,12 @@ def protocol(
     vlm = mg.load(model)
     options = replace(
         default_options(vlm),
-        limit=limit,
         validation_limit=validation_limit,
         controls=controls,
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+    options = replace(options, limit=limit) if limit is not None else options
     options = replace(options, guards=tuple(guard)) if guard else options
     options = replace(options, conditions=tuple(condition)) if condition else options
     run_protocol(

@@ -279,9 +279,9 @@ def run_protocol(
 
 
 def default_options(model: VLM) -> Options:
-    """`Options` for a model: all conditions that it has words for."""
+    """`Options` for a model; for the organism half as many prompts, under conditions it has words for."""
     if model.name.split(":")[0] == "organism":
-        return Options(conditions=ORGANISM_CONDITIONS)
+        return Options(conditions=ORGANISM_CONDITIONS, limit=50)
     return Options()
 
 

@@ -104,7 +104,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", [2, 40, 60])
+@pytest.mark.parametrize("after", [10, 40])
 def test_a_run_that_was_stopped_ends_in_the_same_tables(finished, vlm, data, tmp_path, monkeypatch, after):
     left = [after]
 
@@ -138,7 +138,7 @@ def test_a_finished_run_answers_and_judges_nothing_again(finished, vlm, data, mo
 
 
 def test_a_folder_of_another_run_is_refused(finished, vlm, data):
-    with pytest.raises(ValueError, match="holds a run with another options"):
+    with pytest.raises(ValueError, match="holds a run with another .*options"):
         run_protocol(
             vlm, out=finished[1], data=data, options=Options(seed=1, guards=(), conditions=("text",))
         )
