@@ -171,15 +171,15 @@ class Prompts(Sequence[Prompt]):
         """Only the harmful or only the harmless prompts."""
         return self.filter(lambda prompt: prompt.label == label)
 
-    def first_of_each_label(self, limit: int) -> Prompts:
-        """The first `limit` prompts of each label, which keeps pairs that are in the same order."""
-        counts: dict[str, int] = {}
-
-        def keep(prompt: Prompt) -> bool:
-            counts[prompt.label] = counts.get(prompt.label, 0) + 1
-            return counts[prompt.label] <= limit
-
-        return self.filter(keep)
+    def first(self, count: int | None) -> Prompts:
+        """The first `count` prompts of each label; all for None."""
+        left = {label: len(self) if count is None else count for label in (HARMFUL, HARMLESS)}
+        kept = []
+        for prompt in self:
+            if left[prompt.label] > 0:
+                left[prompt.label] -= 1
+                kept.append(prompt)
+        return Prompts(kept, name=self.name)
 
     def renamed(self, name: str) -> Prompts:
         """The same prompts under another name (the `setting` column of results)."""

@@ -297,7 +297,7 @@ def load_settings(folder: Path, limit: int | None = None) -> dict[str, Prompts]:
         if prompts is not None and setting.label is not None:
             prompts = prompts.with_label(setting.label)
         if prompts:
-            found[name] = prompts.first_of_each_label(limit or len(prompts)).renamed(name)
+            found[name] = prompts.first(limit).renamed(name)
         elif setting.needed:
             load_from_folder(setting.sources[-1], folder)  # says what is wanted
             raise MechguardError(f"{folder} holds no {setting.label} prompts for the setting {name!r}")

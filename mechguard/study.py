@@ -36,9 +36,9 @@ from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.responses import default_conditions
 from mechguard.result import Result
-from mechguard.separability import measure_separability, select_layers
+from mechguard.separability import measure_separability
 from mechguard.storage import read_json, versions, write_json
-from mechguard.sweeps import SETTING, VARIANTS, choose, make_guard, sweep
+from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
 
 ALPHAS = (-1.0, 1.0, 2.0)
@@ -174,7 +174,7 @@ class Study:
 
         def measure() -> Result:
             validation = self.separability().where(split="validation")
-            layers = _layer_sets(validation, self.vlm.n_layers)
+            layers = layer_sets(validation, self.vlm.n_layers)
             first = self._swept(layers=layers, alphas=self.settings.alphas)
             best = choose(first)
             by_rank = self._swept(
@@ -190,10 +190,11 @@ class Study:
     def _swept(self, **grid: Any) -> Result:
         return sweep(
             self.vlm,
-            self.prompts.validation.first_of_each_label(self.settings.sweep_limit),
+            self.prompts.validation.first(self.settings.sweep_limit),
             self.ssd,
             conditions=self.image_conditions or ["text"],
             max_new_tokens=self.settings.max_new_tokens,
+            out=self.out / "results" / "sweep.jsonl",
             progress=self.progress,
             **grid,
         )
@@ -345,7 +346,7 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
     Raises:
         MechguardError: a set is missing, or holds only one label where both are needed.
     """
-    found = {role: _limited(load_from_folder(role, folder), limit) for role in ROLES}
+    found = {role: load_from_folder(role, folder).first(limit) for role in ROLES}
     for role, label in (("malicious", "harmful"), ("benign", "harmless")):
         wrong = sum(prompt.label != label for prompt in found[role])
         if wrong:
@@ -399,16 +400,6 @@ def find_data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
         f"a study of {vlm.name} needs prompts; give --data FOLDER with anchors, validation, malicious and "
         "benign (files of those names, or the public benchmarks), or set MECHGUARD_DATA"
     )
-
-
-def _limited(prompts: Prompts, limit: int | None) -> Prompts:
-    return prompts if limit is None else prompts.first_of_each_label(limit)
-
-
-def _layer_sets(validation: Result, n_layers: int) -> list[list[int]]:
-    """The three layers that separate best on validation, and all of them."""
-    sizes = sorted({min(3, n_layers), n_layers})
-    return [select_layers(validation, k=size) for size in sizes]
 
 
 def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) -> None:
