@@ -62,6 +62,17 @@ _HOMES = {
     "evaluate": "evaluation",
     "diagnose": "doctor",
     "RefusalJudge": "judges",
+    "find_judge": "judges",
+    "measure_agreement": "judges",
+    "export_sample": "judges",
+    "read_labels": "judges",
+    "gather_responses": "responses",
+    "read_responses": "responses",
+    "measure_perplexity": "quality",
+    "measure_quality": "quality",
+    "run_protocol": "protocol",
+    "judge_run": "judging",
+    "export_inspect_log": "inspect_logs",
     "compare_guards": "comparison",
     "search_guards": "searches",
     "sweep": "sweeps",
@@ -71,7 +82,7 @@ _HOMES = {
     "run_study": "study",
     "MechguardError": "errors",
 }
-_ROOMS = ("plots", "organism", "datasets", "guards", "circuits")
+_ROOMS = ("plots", "organism", "datasets", "guards", "circuits", "judges")
 __all__ = [*_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:
@@ -105,13 +116,18 @@ if TYPE_CHECKING:
         tbop,
         vlm_guard,
     )
-    from mechguard.judges import RefusalJudge
+    from mechguard.inspect_logs import export_inspect_log
+    from mechguard.judges import RefusalJudge, export_sample, find_judge, measure_agreement, read_labels
+    from mechguard.judging import judge_run
     from mechguard.loading import load
     from mechguard.maps import map_states
     from mechguard.models import VLM
     from mechguard.overlaps import find_overlaps
     from mechguard.prompts import Prompt, Prompts
+    from mechguard.protocol import run_protocol
+    from mechguard.quality import measure_perplexity, measure_quality
     from mechguard.report import write_report
+    from mechguard.responses import gather_responses, read_responses
     from mechguard.result import Result
     from mechguard.searches import search_guards
     from mechguard.separability import measure_separability, select_layers

@@ -270,6 +270,113 @@ def compare(
 
 
 @app.command()
+def protocol(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder of the run; an interrupted run goes on")],
+    data: Data = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="see `mechguard judge --help`; may be given again")
+    ] = None,
+    guard: Annotated[
+        list[str] | None, typer.Option(help="a method of the comparison; may be given again")
+    ] = None,
+    condition: Annotated[
+        list[str] | None, typer.Option(help="an image condition; may be given again")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="at most so many prompts of each setting; 100, of the organism 50")
+    ] = None,
+    validation_limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 25,
+    controls: Annotated[int, typer.Option(help="random directions beside every guard")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
+    reference: Annotated[str | None, typer.Option(help="the model that perplexities are taken under")] = None,
+    seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's protocol: malicious, jailbreak, multimodal and benign prompts x conditions x guards.
+
+    mechguard protocol organism --out runs/protocol
+    """
+    from dataclasses import replace
+
+    import mechguard as mg
+    from mechguard.protocol import JUDGES, default_options, run_protocol
+
+    vlm = mg.load(model)
+    options = replace(
+        default_options(vlm),
+        validation_limit=validation_limit,
+        controls=controls,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    options = replace(options, limit=limit) if limit is not None else options
+    options = replace(options, guards=tuple(guard)) if guard else options
+    options = replace(options, conditions=tuple(condition)) if condition else options
+    run_protocol(
+        vlm,
+        out=out,
+        data=data,
+        judges=judge or JUDGES,
+        reference=None if reference is None else mg.load(reference),
+        options=options,
+        progress=not quiet,
+    )
+    _print_headline(out, ["setting", "condition", "guard"])
+    typer.echo(str(out / "results"))
+
+
+@app.command("judge")
+def judge_responses(
+    folder: Annotated[Path, typer.Argument(help="a run, or any folder with a responses.jsonl")],
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="refusal, keywords, arditi, qi, coherence, refusal_odds, llama_guard:MODEL, "
+            "strongreject:MODEL, strongreject:URL#MODEL; may be given again"
+        ),
+    ] = None,
+    sample: Annotated[
+        Path | None, typer.Option(help="write responses to label by hand there (.csv or .jsonl), and stop")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="how many responses the sample holds")] = 100,
+    labels: Annotated[Path | None, typer.Option(help="a labelled sample, to compare the judges with")] = None,
+    seed: Annotated[int, typer.Option(help="fixes the sample")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Judge stored responses again, without the model that gave them, and compare the judges.
+
+    mechguard judge runs/protocol --judge qi --judge llama_guard:meta-llama/LlamaGuard-7b
+    """
+    import mechguard as mg
+    from mechguard.judging import RESPONSES, judge_run
+    from mechguard.responses import read_responses
+
+    if sample is not None:
+        typer.echo(str(mg.export_sample(read_responses(folder / RESPONSES), sample, n=n, seed=seed)))
+        return
+    result = judge_run(folder, judge or [], labels=labels, progress=not quiet)
+    _print_rates(result.table, ["judge", "setting", "condition", "guard"])
+    if (folder / "results" / "agreement.csv").is_file():
+        table = mg.Result.load(folder / "results" / "agreement").table.round(3)
+        _print_table(table, "agreement of judges on compliance, 95% bootstrap intervals over prompts")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a run, or any folder with a responses.jsonl")],
+    out: Annotated[Path, typer.Option(help="the log: .eval or .json")],
+) -> None:
+    """Write a run as a log for the viewer of Inspect (needs mechguard[inspect]).
+
+    mechguard export runs/protocol --out logs/protocol.eval
+    """
+    from mechguard.inspect_logs import export_inspect_log
+
+    typer.echo(str(export_inspect_log(folder, out)))
+
+
+@app.command()
 def sweep(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder for the table; an interrupted sweep goes on")],
@@ -378,10 +485,10 @@ def _command() -> str:
     return shlex.join(["mechguard", *sys.argv[1:]])
 
 
-def _print_headline(folder: Path) -> None:
+def _print_headline(folder: Path, index: list[str] | None = None) -> None:
     from mechguard.result import Result
 
-    _print_rates(Result.load(folder / "results" / "behaviour").table, ["condition", "guard"])
+    _print_rates(Result.load(folder / "results" / "behaviour").table, index or ["condition", "guard"])
 
 
 def _print_rates(table: Any, index: list[str]) -> None:

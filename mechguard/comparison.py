@@ -210,10 +210,10 @@ class Comparison:
 
     def run(self) -> Result:
         """Choose on validation, report on test; the table is also written to the folder."""
-        self._claim()
+        self.claim()
         chosen = self.choose()
         rows = []
-        for name, setting, guard in self._reported(chosen):
+        for name, setting, guard in self.guards(chosen):
             key = {"guard": name, **setting}
             found = self._cell("test", name, key, partial(self._tested, guard))
             rows += [{**row, "guard": name, "layers": format_layers(setting["layers"])} for row in found]
@@ -230,7 +230,16 @@ class Comparison:
         result.save(self.out / "defences")
         return result
 
-    def _reported(self, chosen: Mapping[str, Setting]) -> list[tuple[str, Setting, AnyGuard | None]]:
+    def guards(
+        self, chosen: Mapping[str, Setting], *, controls: int = CONTROLS, shuffled: bool = True
+    ) -> list[tuple[str, Setting, AnyGuard | None]]:
+        """No guard, then every method in its chosen setting with its controls beside it.
+
+        Args:
+            chosen: of `choose`.
+            controls: random draws beside every method that can have them.
+            shuffled: whether a fit on shuffled labels stands beside it too.
+        """
         found: list[tuple[str, Setting, AnyGuard | None]] = [
             (UNGUARDED, {"layers": [], "alpha": 0.0, "rank": 0}, None)
         ]
@@ -240,11 +249,12 @@ class Comparison:
             found.append((name, setting, guard))
             if not method.controlled or isinstance(guard, guards.Chain):
                 continue
-            for draw in range(1, CONTROLS + 1):
+            for draw in range(1, controls + 1):
                 control = guard.randomised(self.seed + draw)
                 found.append((f"{name}; random {draw}", setting, control.renamed(f"{name}; random {draw}")))
-            shuffled = method.make(self.states.shuffled(self.seed), setting)
-            found.append((f"{name}; shuffled", setting, shuffled.renamed(f"{name}; shuffled")))
+            if shuffled:
+                fitted = method.make(self.states.shuffled(self.seed), setting)
+                found.append((f"{name}; shuffled", setting, fitted.renamed(f"{name}; shuffled")))
         return found
 
     def _tried(self, prompts: Prompts, method: Method, setting: Setting) -> list[dict[str, Any]]:
@@ -315,7 +325,7 @@ class Comparison:
     def _known(self) -> dict[str, list[dict[str, Any]]]:
         return {line["cell"]: line["rows"] for line in read_lines(self.out / "cells.jsonl")}
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Bind the folder to this model and these prompts.
 
         Raises:

@@ -1,7 +1,7 @@
 """Behaviour: what a model answers under each image condition and guard, and how that is judged.
 
-Answering and judging are apart: responses are a table (written as JSON lines if asked), and a judge turns
-such a table into rates, then or later.
+Answering and judging are apart: responses are a table (stored as JSON lines if asked, see `responses`), and a
+judge turns such a table into rates, then or later.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
-from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
-from mechguard.judges import RefusalJudge, find_judge
+from mechguard.judges import AnyJudge, Judge, Verdict, find_judge
 from mechguard.models import VLM
 from mechguard.overlaps import warn_of_fitted
 from mechguard.prompts import Prompts
+from mechguard.responses import as_exchanges, gather_responses
 from mechguard.result import UNGUARDED, Result
-from mechguard.statistics import wilson_interval
+from mechguard.statistics import bootstrap_mean, wilson_interval
 from mechguard.storage import write_text
-from mechguard.tracing import BatchSize, respond
+from mechguard.tracing import BatchSize
 
 # metric -> the column of the judged responses it averages, for each label, and for prompts with an answer
 METRICS = {
@@ -31,14 +32,20 @@ METRICS = {
         "attack_success": "complied",
         "keyword_refusal": "keyword_refusal",
         "complete_refusal": "complete_refusal",
+        "refusal": "refused",
+        "degenerate": "degenerate",
     },
     "harmless": {
         "benign_compliance": "complied",
         "benign_keyword_refusal": "keyword_refusal",
         "benign_complete_refusal": "complete_refusal",
+        "benign_refusal": "refused",
+        "benign_degenerate": "degenerate",
     },
     "question": {"visual_accuracy": "exact"},
 }
+QUESTION = "question"
+VERDICT = tuple(field.name for field in fields(Verdict))
 
 
 def evaluate(
@@ -46,7 +53,7 @@ def evaluate(
     prompts: Prompts,
     *,
     guards: Sequence[AnyGuard | None] = (None,),
-    judge: str | RefusalJudge = "refusal",
+    judge: AnyJudge = "refusal",
     conditions: Sequence[str] | None = None,
     teacher: VLM | None = None,
     max_new_tokens: int = 64,
@@ -60,18 +67,20 @@ def evaluate(
     Args:
         guards: None stands for the unguarded model. An `OverlapWarning` says so where one was fitted on
             some of the prompts.
-        judge: "refusal" (the model's own grammar if it has one, else published keywords), "keywords",
-            or a `RefusalJudge`.
+        judge: "refusal" (the model's own grammar if it has one, else our keywords), another word, a
+            function, or a judge; see `judges.find_judge`.
         conditions: image conditions (see `Prompts.with_image`); by default text, blank, and each
             prompt's own picture where all have one. A text-only model sees "text".
         teacher: who supervises the guards; the model's own LLM by default.
-        responses: also write every response there, one JSON object a line.
+        responses: also store every response there, one JSON object a line, as it comes; an evaluation
+            that was interrupted goes on (see `gather_responses`), and at its end the verdicts join.
 
     Returns:
         Rows setting x condition x guard x metric with Wilson 95% intervals. Harmful prompts give
         `attack_success` (complied), `keyword_refusal`, `complete_refusal`; harmless ones
         `benign_compliance`, `benign_keyword_refusal`, `benign_complete_refusal`; prompts with an answer
-        give `visual_accuracy`, the share of responses that say the same words.
+        give `visual_accuracy`, the share of responses that say the same words. What the judge does not say
+        is left out.
     """
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     table = gather_responses(
@@ -82,6 +91,7 @@ def evaluate(
         teacher=teacher,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        out=responses,
         progress=progress,
     )
     chosen = find_judge(judge, model.folder)
@@ -98,73 +108,18 @@ def evaluate(
     return measure_behaviour(judged, split=split, about=about)
 
 
-def gather_responses(
-    model: VLM,
-    prompts: Prompts,
-    *,
-    guards: Sequence[AnyGuard | None] = (None,),
-    conditions: Sequence[str] | None = None,
-    teacher: VLM | None = None,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Every response, one row per prompt x condition x guard, with the exact text that was sent."""
-    names = [UNGUARDED if guard is None else guard.name for guard in guards]
-    if len(set(names)) != len(names):
-        raise MechguardError(f"guards must have different names, found {names}; use guard.renamed(...)")
-    words = default_conditions(model, prompts) if conditions is None else conditions
-    sent = {condition: prompts.with_image(condition) for condition in words}
-    everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
-    rendered = model.render(everything)
-    tables = []
-    for name, guard in zip(names, guards, strict=True):
-        # All conditions in one call: the fewer batches, the fewer steps.
-        answers = respond(
-            model,
-            everything,
-            guard=guard,
-            teacher=teacher,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        facts = {
-            "setting": prompts.name,
-            "condition": [condition for condition, batch in sent.items() for _ in batch],
-            "guard": name,
-            "id": [prompt.id for prompt in everything],
-            "label": everything.labels,
-            "answer": [prompt.answer for prompt in everything],
-            "sent": rendered,
-            "response": [answer.text if guard is None else guard.counted(answer.text) for answer in answers],
-            "tokens": [answer.tokens for answer in answers],
-            "gates": [answer.gates for answer in answers],
-        }
-        tables.append(pd.DataFrame(facts))
-    order = {condition: position for position, condition in enumerate(words)}
-    return pd.concat(tables).sort_values(
-        "condition", key=lambda column: column.map(order), kind="stable", ignore_index=True
-    )
+def judge_responses(responses: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+    """The responses with the judge's verdicts in further columns, as far as this judge says something.
 
-
-def default_conditions(model: VLM, prompts: Prompts) -> list[str]:
-    """text; for a model that takes pictures also blank, and image where every prompt owns one."""
-    if not model.takes_images:
-        return ["text"]
-    own = all(prompt.own_image is not None for prompt in prompts)
-    return ["text", "blank", *(["image"] if own else [])]
-
-
-def judge_responses(responses: pd.DataFrame, judge: RefusalJudge) -> pd.DataFrame:
-    """The responses with the judge's verdict in three more columns, and whether they say the answer."""
-    verdicts = pd.DataFrame(
-        [vars(judge(response)) for response in responses["response"]], index=responses.index
-    )
+    Where prompts have an answer, `exact` says whether the response gives it.
+    """
+    found = [vars(verdict) for verdict in judge.judge(as_exchanges(responses))]
+    verdicts = pd.DataFrame(found, index=responses.index, columns=list(VERDICT), dtype=object)
+    said = verdicts.loc[:, verdicts.notna().any() & (verdicts != "").any()]
     if "answer" in responses:
         pairs = zip(responses["response"], responses["answer"], strict=True)
-        verdicts["exact"] = [_says(response, answer) for response, answer in pairs]
-    return responses.drop(columns=list(verdicts), errors="ignore").join(verdicts)
+        said = said.assign(exact=[_says(response, answer) for response, answer in pairs])
+    return responses.drop(columns=[*VERDICT, "exact"], errors="ignore").join(said)
 
 
 def _says(response: str, answer: Any) -> bool:
@@ -178,33 +133,41 @@ def _says(response: str, answer: Any) -> bool:
 def measure_behaviour(
     judged: pd.DataFrame, *, split: str = "test", about: dict[str, Any] | None = None
 ) -> Result:
-    """Rates with Wilson 95% intervals from judged responses."""
+    """Rates with Wilson 95% intervals from judged responses, and the mean of a judge's score.
+
+    Responses of which a judge does not say (None) are left out, and `n` counts the others.
+    """
     rows = []
     kind = judged["label"]
     if "answer" in judged:
-        kind = kind.where(judged["answer"].isna(), "question")
+        kind = kind.where(judged["answer"].isna(), QUESTION)
     for keys, group in judged.groupby(["setting", "condition", "guard", kind], sort=False):
         setting, condition, guard, asked = keys
+        facts = {"setting": setting, "condition": condition, "guard": guard}
         for metric, column in METRICS[str(asked)].items():
-            hits, n = int(group[column].sum()), len(group)
-            low, high = wilson_interval(hits, n)
-            rows.append(
-                {
-                    "setting": setting,
-                    "condition": condition,
-                    "guard": guard,
-                    "metric": metric,
-                    "value": hits / n,
-                    "low": low,
-                    "high": high,
-                    "n": n,
-                    "split": split,
-                }
-            )
+            said = group[column].dropna() if column in group else []
+            if len(said):
+                rows.append({**facts, "metric": metric, **_rate(said), "split": split})
+        if asked != QUESTION and "score" in group and group["score"].notna().any():
+            metric = "score" if asked == "harmful" else "benign_score"
+            rows.append({**facts, "metric": metric, **_mean(group["score"].dropna()), "split": split})
     return Result.from_rows(rows, **(about or {}))
+
+
+def _rate(said: pd.Series) -> dict[str, Any]:
+    hits, n = int(said.astype(bool).sum()), len(said)
+    low, high = wilson_interval(hits, n)
+    return {"value": hits / n, "low": low, "high": high, "n": n}
+
+
+def _mean(values: pd.Series) -> dict[str, Any]:
+    numbers = values.to_numpy(float)
+    low, high = bootstrap_mean(numbers, seed=0)
+    return {"value": float(numbers.mean()), "low": low, "high": high, "n": len(numbers)}
 
 
 def save_responses(judged: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Write responses as JSON lines."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in judged.to_dict("records")]
+    rows = judged.astype(object).where(judged.notna(), None).to_dict("records")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_text(path, "\n".join(lines) + "\n")

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGES = ("mechguard", "torch", "transformers", "nnsight", "scikit-learn", "numpy")
+BLOCK = 1 << 16  # bytes looked at in one go from the end of a file
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -55,11 +56,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 def append_line(path: str | os.PathLike[str], value: Any) -> None:
     """Add one line of JSON to a file and flush it to disk."""
+    append_lines(path, [value])
+
+
+def append_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> None:
+    """Add lines of JSON to a file and flush them to disk together."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("ab+") as file:
         _cut_unfinished(file)
-        file.write((json.dumps(value, ensure_ascii=False, default=str) + "\n").encode())
+        for value in values:
+            file.write((json.dumps(value, ensure_ascii=False, default=str) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -85,9 +92,18 @@ def read_lines(path: str | os.PathLike[str]) -> list[Any]:
 
 def _cut_unfinished(file: IO[bytes]) -> None:
     """Drop a last line that has no end."""
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    end = file.seek(0, os.SEEK_END)
+    kept = end
+    while kept > 0:
+        start = max(0, kept - BLOCK)
+        file.seek(start)
+        found = file.read(kept - start).rfind(b"\n")
+        if found >= 0:
+            kept = start + found + 1
+            break
+        kept = start
+    if kept < end:
+        file.truncate(kept)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -159,6 +175,12 @@ def digest(*parts: Any) -> str:
     """A short, stable SHA-256 of JSON-like values, to recognise the same data again."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_name(name: str) -> str:
+    """A name as a file's; where letters had to go, a mark keeps it apart from others."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return plain if plain == name else f"{plain[:60]}-{digest(name)[:6]}"
 
 
 def _stem(path: str | os.PathLike[str]) -> Path:

@@ -26,7 +26,7 @@ from mechguard.circuits.section import Section
 from mechguard.datasets import load_from_folder, packaged_folder
 from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
-from mechguard.evaluation import default_conditions, evaluate
+from mechguard.evaluation import evaluate
 from mechguard.gap import measure_modality_gap
 from mechguard.guards import Guard, measure_gates, projection
 from mechguard.loading import load
@@ -35,6 +35,7 @@ from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
+from mechguard.responses import default_conditions
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
 from mechguard.storage import read_json, versions, write_json
@@ -347,7 +348,7 @@ def run_study(
         raise MechguardError(
             f"{vlm.name} takes no pictures, so there is nothing for circuits to compare text with"
         )
-    prompts = load_study_prompts(_data_folder(vlm, data), limit)
+    prompts = load_study_prompts(find_data_folder(vlm, data), limit)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
@@ -399,7 +400,7 @@ def find_study_prompts(
     Raises:
         MechguardError: no folder, or a set is missing or not what its role wants.
     """
-    return load_study_prompts(_data_folder(vlm, data), limit)
+    return load_study_prompts(find_data_folder(vlm, data), limit)
 
 
 def find_test_sets(vlm: VLM, data: str | os.PathLike[str] | None = None) -> dict[str, Prompts]:
@@ -408,12 +409,17 @@ def find_test_sets(vlm: VLM, data: str | os.PathLike[str] | None = None) -> dict
     for role, names in TEST_SETS.items():
         for name in names:
             with contextlib.suppress(MechguardError):
-                found[role] = load_from_folder(name, _data_folder(vlm, data)).renamed(role)
+                found[role] = load_from_folder(name, find_data_folder(vlm, data)).renamed(role)
                 break
     return found
 
 
-def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
+def find_data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
+    """Where the prompts of a study are: the given folder, the organism's own, or MECHGUARD_DATA.
+
+    Raises:
+        MechguardError: none of them.
+    """
     if data is not None:
         return Path(data)
     if vlm.name.split(":")[0] == "organism":

@@ -19,7 +19,7 @@ from mechguard.evaluation import evaluate
 from mechguard.guards import Guard, Scope, Source, vlm_guard
 from mechguard.guards.gates import Word
 from mechguard.guards.steering import AnyGuard
-from mechguard.judges import RefusalJudge
+from mechguard.judges import AnyJudge
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
@@ -84,7 +84,7 @@ def sweep(
     variants: Mapping[str, Variant | Make] | None = None,
     scopes: Sequence[Scope] = (),
     conditions: Sequence[str] | None = None,
-    judge: str | RefusalJudge = "refusal",
+    judge: AnyJudge = "refusal",
     max_new_tokens: int = 64,
     split: str = "validation",
     out: str | os.PathLike[str] | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -194,6 +194,45 @@ def respond(
     Raises:
         MechguardError: no prompts, a guard for another model, pictures for a text-only model.
     """
+    sent = as_prompts(prompts)
+    found: dict[int, Response] = {}
+    batches = respond_in_batches(
+        model,
+        sent,
+        guard=guard,
+        teacher=teacher,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        **options,
+    )
+    for rows, responses in batches:
+        found.update(zip(rows, responses, strict=True))
+    return [found[row] for row in range(len(sent))]
+
+
+def respond_in_batches(
+    model: VLM,
+    prompts: AnyPrompts,
+    *,
+    guard: AnyGuard | None = None,
+    teacher: VLM | None = None,
+    max_new_tokens: int = 64,
+    batch_size: BatchSize = "auto",
+    known: Container[int] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Iterator[tuple[list[int], list[Response]]]:
+    """The responses batch by batch, each with the rows of `prompts` that it answers.
+
+    Which prompts share a batch depends on all of them and not on `known`, so that what was interrupted goes
+    on with the same batches and gives the same texts.
+
+    Args:
+        known: rows that need no answer; a batch of nothing else is left out.
+
+    See `respond` for the other arguments.
+    """
     if max_new_tokens < 1:
         raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
@@ -207,11 +246,8 @@ def respond(
             return _plain_responses(model, batch, settings)
         return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
-    found: dict[int, Response] = {}
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
-    for rows, responses in _in_batches(work, sent, model.d_model, batch_size, label, progress):
-        found.update(zip(rows, responses, strict=True))
-    return [found[row] for row in range(len(sent))]
+    yield from _in_batches(work, sent, model.d_model, batch_size, label, progress, known)
 
 
 def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
@@ -269,8 +305,11 @@ def _in_batches(
     batch_size: BatchSize,
     label: str,
     progress: bool,
+    known: Container[int] = (),
 ) -> Iterator[tuple[list[int], T]]:
     """Run `work` over rows sorted by length, halving the batch when memory runs out.
+
+    A batch that holds nothing but `known` rows is left out.
 
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
@@ -286,6 +325,10 @@ def _in_batches(
             start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
             while start < len(group):
                 rows = group[start : start + limit]
+                if all(row in known for row in rows):
+                    bar.update(len(rows))
+                    start += len(rows)
+                    continue
                 try:
                     result = work(rows)
                 except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ import torch
 
 import mechguard as mg
 from mechguard.datasets import packaged_folder
-from mechguard.study import _data_folder
+from mechguard.study import find_data_folder
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -188,12 +188,12 @@ def test_the_organism_is_studied_on_its_own_prompts_whatever_the_environment_say
     monkeypatch, data, organism
 ):
     monkeypatch.setenv("MECHGUARD_DATA", str(data))
-    assert _data_folder(organism, None) == packaged_folder("organism")
-    assert _data_folder(organism, data) == data
+    assert find_data_folder(organism, None) == packaged_folder("organism")
+    assert find_data_folder(organism, data) == data
     monkeypatch.delenv("MECHGUARD_DATA")
     other = mg.load(tiny.llava(), processor=tiny.processor())
     with pytest.raises(ValueError, match="needs prompts; give --data FOLDER"):
-        _data_folder(other, None)
+        find_data_folder(other, None)
 
 
 @pytest.mark.parametrize("option", ["--max-rank", "--max-new-tokens", "--limit"])

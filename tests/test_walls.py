@@ -20,14 +20,16 @@ ROWS = [
     {"storage"},
     {"result", "prompts", "families", "interventions", "statistics", "caching"},
     {"overlaps"},
-    {"datasets", "activations", "organism", "judges", "plots", "chat", "checkpoints", "processors"},
-    {"models", "directions", "summary", "findings"},
+    {"datasets", "activations", "organism", "plots", "chat", "checkpoints", "processors"},
+    {"models", "directions", "summary", "findings", "judges"},
     {"separability", "gap", "maps", "loading", "positions"},
     {"guards"},
     {"tracing"},
-    {"circuits", "evaluation", "report", "doctor"},
-    {"sweeps", "searches"},
-    {"study", "comparison"},
+    {"responses", "circuits", "report", "doctor"},
+    {"evaluation", "quality"},
+    {"sweeps", "searches", "judging"},
+    {"study", "comparison", "inspect_logs"},
+    {"protocol"},
     {"cli"},
     {"__main__"},
 ]
@@ -105,7 +107,12 @@ def test_plots_and_statistics_import_neither_torch_nor_a_model():
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
-OPTIONAL = {"kaleido", "optuna", "transformer_lens"}  # looked for, and done without where it is missing
+OPTIONAL = {
+    "kaleido",
+    "optuna",
+    "transformer_lens",
+    "inspect_ai",
+}  # looked for, and done without where they are missing
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():

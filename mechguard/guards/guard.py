@@ -6,6 +6,7 @@ of its layers: which rows are open (`opens`), and what their states become (`ste
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from mechguard.guards.moves import Move, Query, Realign, read_move
 from mechguard.interventions import apply_where
 from mechguard.models import VLM
 from mechguard.prompts import Prompt, Prompts
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.storage import digest, load_tensors, save_tensors
 
 KIND, CHAIN = "guard", "chain of guards"
 NARROW = ("gate.thresholds", "move.slopes", "move.offsets")  # tensors without a d_model
@@ -121,6 +122,16 @@ class Guard:
         """The width of the states it was made for; None if it fits any."""
         wide = [tensor for name, tensor in self._tensors().items() if name not in NARROW]
         return int(wide[0].shape[-1]) if wide else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what it does: its tensors and settings, without its name."""
+        facts = {key: value for key, value in self._facts().items() if key not in ("name", "about")}
+        sums = {
+            name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+            for name, tensor in self._tensors().items()
+        }
+        return digest(facts, sums)
 
     @property
     def supervised(self) -> bool:
@@ -347,6 +358,11 @@ class Chain:
     @property
     def about(self) -> dict[str, Any]:
         return {"guards": [guard.about for guard in self.parts]}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the guards do, in their order."""
+        return digest([guard.fingerprint for guard in self.parts])
 
     def counted(self, answer: str) -> str:
         """The part of an answer that counts."""
