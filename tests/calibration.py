@@ -1,0 +1,159 @@
+"""Whether the intervals hold what is planted, and the tests find nothing where nothing is: by simulation.
+
+    python tests/calibration.py --planted 100 --null 500
+
+States are drawn from known normal distributions, so that d', AUROC, gap, CKA, angles have values that follow
+from the parameters (or, where no formula is at hand, from a sample of 40,000). `planted` counts in how many seeds
+each metric's 95% interval holds that value; `null` how often a 5% test finds something where nothing is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+import mechguard as mg
+from mechguard.result import Result
+from mechguard.separability import OWN, STATES
+from mechguard.statistics import (
+    compare_outcomes,
+    count_prompts_needed,
+    mcnemar_p,
+    measure_probe,
+    measure_silhouette,
+    permutation_p,
+    permuted_measure,
+    wilson_interval,
+)
+from mechguard.statistics import auroc as auroc_measure
+
+PAIRS, WIDTH = 80, 24
+Check = Callable[[int], Iterator[tuple[str, bool]]]
+
+
+def paired_states(harmful: np.ndarray, harmless: np.ndarray) -> mg.Activations:
+    """One layer of states from [pair, d_model] of either label."""
+    n = len(harmful)
+    data = torch.as_tensor(np.concatenate([harmful, harmless])[None], dtype=torch.float32)
+    return mg.Activations.from_tensor(data, labels=[1] * n + [0] * n, pairs=[*range(n)] * 2)
+
+
+def axis(index: int = 0, rank: int = 1, width: int = WIDTH) -> mg.Directions:
+    return mg.Directions.from_tensor(torch.eye(width)[index : index + rank].unsqueeze(0))
+
+
+def row(result: Result, **where: object) -> pd.Series:
+    table = result.where(**where).table
+    assert len(table) == 1, (where, len(table))
+    return table.iloc[0]
+
+
+def holds(found: pd.Series, truth: float) -> bool:
+    return bool(found["low"] - 1e-9 <= truth <= found["high"] + 1e-9)
+
+
+def two_groups(random: np.random.Generator, dprime: float, pairs: int, shared: float = 0.6) -> mg.Activations:
+    """Unit-variance groups `dprime` apart on axis 0, whose pairs share a part of their noise."""
+    common = random.normal(size=(pairs, WIDTH)) * np.sqrt(shared)
+    states = [common + random.normal(size=(pairs, WIDTH)) * np.sqrt(1 - shared) for _ in range(2)]
+    states[0][:, 0] += dprime
+    return paired_states(*states)
+
+
+@cache
+def large_sample(dprime: float) -> dict[str, float]:
+    """What no formula is at hand for: silhouette and the probe of so many prompts, from very large samples."""
+    states = two_groups(np.random.default_rng(99), dprime, 3000)
+    labels = (states.labels == "harmful").astype(int)
+    some = states.data[0].double().numpy()
+    silhouette = measure_silhouette(some, labels, np.arange(len(some)), resamples=2, seed=0)[0]
+    probes = []
+    for seed in range(300):
+        drawn = two_groups(np.random.default_rng(10_000 + seed), dprime, PAIRS)
+        names = [prompt.pair for prompt in drawn.prompts]
+        probes.append(
+            measure_probe(drawn.data[0].numpy(), (drawn.labels == "harmful").astype(int), names, seed=0, permutations=2)[0][0]
+        )
+    return {"silhouette": silhouette, "probe_accuracy": float(np.mean(probes))}
+
+
+def planted_separability(seed: int) -> Iterator[tuple[str, bool]]:
+    for dprime in (0.7, 2.0):
+        states = two_groups(np.random.default_rng(seed), dprime, PAIRS)
+        result = mg.measure_separability(states, axis(), nulls=False, resamples=500, seed=seed)
+        truths = {
+            "auroc": stats.norm.cdf(dprime / np.sqrt(2)),
+            "dprime": dprime,
+            "fisher": dprime**2 / 2,
+            "overlap": 2 * stats.norm.cdf(-dprime / 2),
+        }
+        for metric, truth in truths.items():
+            found = row(result, direction=axis().name, metric=metric)
+            yield f"{metric}, d' {dprime:g}", holds(found, truth)
+        for metric, truth in large_sample(dprime).items():
+            yield f"{metric}, d' {dprime:g}", holds(row(result, direction=STATES, metric=metric), truth)
+
+
+def null_separability(seed: int) -> Iterator[tuple[str, bool]]:
+    random = np.random.default_rng(seed)
+    states = two_groups(random, 0.0, PAIRS)
+    result = mg.measure_separability(states, axis(), nulls=True, resamples=500, random_directions=2, seed=seed)
+    for direction, name in ((axis().name, "given"), (OWN, "own")):
+        for metric, chance in (("auroc", 0.5), ("dprime", 0.0)):
+            found = row(result, direction=direction, metric=metric)
+            yield f"{metric} along the {name} direction, interval", not holds(found, chance)
+    probe = row(result, metric="probe_accuracy", direction=STATES)
+    yield "probe accuracy, interval", not holds(probe, 0.5)
+    shuffled = row(result, metric="probe_accuracy", direction="shuffled labels")
+    yield "probe accuracy, shuffled labels", not holds(shuffled, float(probe["value"]))
+    for own, null, name in ((OWN, "own, shuffled labels", "own"), (axis().name, "shuffled labels", "given")):
+        value = float(row(result, direction=own, metric="auroc")["value"])
+        found = row(result, direction=null, metric="auroc")
+        yield f"auroc along the {name} direction, shuffled labels", not holds(found, value)
+
+
+PLANTED: list[Check] = [planted_separability]
+NULL: list[Check] = [null_separability]
+
+
+def count(checks: list[Check], seeds: int) -> pd.DataFrame:
+    """How many of the seeds each check was true in."""
+    hits: Counter[str] = Counter()
+    for check in checks:
+        for seed in range(seeds):
+            for name, true in check(seed):
+                hits[name] += true
+    rows = [(name, number, seeds, *wilson_interval(number, seeds)) for name, number in hits.items()]
+    return pd.DataFrame(rows, columns=["check", "seeds", "of", "low", "high"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--planted", type=int, default=100, help="seeds of planted truths")
+    parser.add_argument("--null", type=int, default=500, help="seeds without an effect")
+    parser.add_argument("--only", default="", help="checks whose function's name holds this word")
+    given = parser.parse_args()
+    failed = 0
+    for checks, seeds, low, high in ((PLANTED, given.planted, 0.93, 1.0), (NULL, given.null, 0.03, 0.07)):
+        chosen = [check for check in checks if given.only in check.__name__]
+        table = count(chosen, seeds)
+        if table.empty or not seeds:
+            continue
+        share = table["seeds"] / table["of"]
+        table["within"] = (share >= low - 1e-9) & (share <= high + 1e-9)
+        failed += int((~table["within"]).sum())
+        print(f"\nwanted: {low:.0%} to {high:.0%} of {seeds} seeds")
+        print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
