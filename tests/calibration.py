@@ -21,6 +21,7 @@ import torch
 from scipy import stats
 
 import mechguard as mg
+from mechguard.gap import METRICS, NULLS, Moved, together
 from mechguard.result import Result
 from mechguard.separability import OWN, STATES
 from mechguard.statistics import (
@@ -120,8 +121,74 @@ def null_separability(seed: int) -> Iterator[tuple[str, bool]]:
         yield f"auroc along the {name} direction, shuffled labels", not holds(found, value)
 
 
-PLANTED: list[Check] = [planted_separability]
-NULL: list[Check] = [null_separability]
+TEXT_DISTANCE, NOISE = 2.0, 0.7  # between harmful and harmless texts; deviation of the shifts
+BASE, SHIFT = np.zeros(WIDTH), np.zeros(WIDTH)
+BASE[3:9] = 1.0
+SHIFT[:6] = 1.0, 0.5, 0.0, -1.5, 1.0, 0.5
+
+
+def with_shift(random: np.random.Generator, pairs: int) -> tuple[mg.Activations, mg.Activations]:
+    """Texts around BASE, and the same moved by SHIFT and noise; the safety plane is that of axes 0 and 1."""
+    texts = BASE + random.normal(size=(2, pairs, WIDTH))
+    texts[0, :, 0] += TEXT_DISTANCE
+    images = texts + SHIFT + NOISE * random.normal(size=texts.shape)
+    return paired_states(*texts), paired_states(*images)
+
+
+@cache
+def gap_truths() -> dict[str, float]:
+    """Of the population, in formulas where there are some, else from 80,000 prompts."""
+    text, image = with_shift(np.random.default_rng(7), 40_000)
+    n = len(text.prompts)
+    moved = Moved(text.data[0].double().numpy(), image.data[0].double().numpy())
+    truths = {
+        name: float(metric(moved, np.full((1, n), 1 / n), together)[0])
+        for name, metric in METRICS.items()
+        if name not in ("cka", "centroid_distance", "cosine_gap")
+    }
+    centre = BASE.copy()
+    centre[0] += TEXT_DISTANCE / 2
+    covariance = np.eye(WIDTH)
+    covariance[0, 0] += TEXT_DISTANCE**2 / 4
+    length = np.linalg.norm
+    truths["centroid_distance"] = float(length(SHIFT))
+    truths["cosine_gap"] = float(1 - centre @ (centre + SHIFT) / length(centre) / length(centre + SHIFT))
+    truths["cka"] = float(length(covariance) / length(covariance + NOISE**2 * np.eye(WIDTH)))
+    truths["safety_share"] = float((np.abs(moved.shift[:, 0]) / length(moved.shift, axis=1)).mean())
+    squares, inside = SHIFT @ SHIFT, SHIFT[:2] @ SHIFT[:2]
+    truths["safety_energy"] = float((inside + 2 * NOISE**2) / (squares + WIDTH * NOISE**2))
+    truths["safety_energy_of_mean"] = float(inside / squares)
+    truths["shift_along"] = float(SHIFT[0])
+    truths["shift_across"] = float(length(moved.shift[:, 2:], axis=1).mean())
+    truths["shift_along_relative"] = float(SHIFT[0] / TEXT_DISTANCE)
+    return truths
+
+
+def planted_gap(seed: int) -> Iterator[tuple[str, bool]]:
+    text, image = with_shift(np.random.default_rng(seed), PAIRS)
+    result = mg.measure_modality_gap(
+        text, image, directions=axis(rank=2), nulls=False, resamples=500, seed=seed
+    )
+    for metric, truth in gap_truths().items():
+        yield metric, holds(row(result, metric=metric, direction="observed"), truth)
+
+
+def null_gap(seed: int) -> Iterator[tuple[str, bool]]:
+    random = np.random.default_rng(seed)
+    common = random.normal(size=(2, PAIRS, WIDTH))
+    text, image = (paired_states(*(common + random.normal(size=common.shape))) for _ in range(2))
+    result = mg.measure_modality_gap(text, image, resamples=500, seed=seed)
+    for metric in (*NULLS, "modality_accuracy"):
+        value = float(row(result, metric=metric, direction="observed")["value"])
+        found = row(result, metric=metric, direction="shuffled modality")
+        yield f"{metric}, shuffled modality", not holds(found, value)
+    yield "modality accuracy, interval", not holds(
+        row(result, metric="modality_accuracy", direction="observed"), 0.5
+    )
+
+
+PLANTED: list[Check] = [planted_separability, planted_gap]
+NULL: list[Check] = [null_separability, null_gap]
 
 
 def count(checks: list[Check], seeds: int) -> pd.DataFrame:
