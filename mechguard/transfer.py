@@ -28,6 +28,8 @@ from mechguard.overlaps import warn_of_fitted
 from mechguard.result import Result
 from mechguard.separability import (
     OWN,
+    RANDOM,
+    SHUFFLED,
     Half,
     measure_halves,
     name_clusters,
@@ -46,8 +48,7 @@ from mechguard.statistics import (
 )
 
 MEASURED = {"auroc": auroc, "dprime": dprime}
-CHANGE, RECOVERED, SHUFFLED = "auroc_change", "auroc_recovered", "shuffled labels"
-RANDOM = "random directions"
+CHANGE, RECOVERED = "auroc_change", "auroc_recovered"
 Bases = Float[ndarray, "draws rank d_model"]
 Band = tuple[Float[ndarray, " layer"], Float[ndarray, " layer"], Float[ndarray, " layer"]]
 
@@ -136,7 +137,7 @@ def measure_angles(
         Rows layer x `direction` (of one condition) x `condition` (of another): `cosine` of the first
         directions and `principal_angle_1`, `_2`, ... in degrees, smallest first; and `subspace_energy` of
         each, the share of the differences' sum of squares in the first `rank` directions. The null,
-        `direction` "random directions", is of random subspaces of equal rank.
+        `direction` "random", is of random subspaces of equal rank.
 
     Raises:
         MechguardError: other pairs or layers in some condition, no pairs, or a rank that does not exist.

@@ -5,19 +5,26 @@ Conditions, guards and labels have the same colour in every figure.
 """
 
 from mechguard.plots.defences import defences
+from mechguard.plots.gate_curves import gate_curves
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
 from mechguard.plots.pages import save
 from mechguard.plots.rates import behaviour
+from mechguard.plots.shifts import shift_decomposition
 from mechguard.plots.state_maps import state_map
+from mechguard.plots.transfers import angles, transfer_matrix
 
 __all__ = [
+    "angles",
     "behaviour",
     "defences",
+    "gate_curves",
     "gates",
     "layer_sweep",
     "modality_gap",
     "save",
+    "shift_decomposition",
     "state_map",
     "sweep_heatmap",
+    "transfer_matrix",
 ]

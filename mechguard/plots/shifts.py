@@ -1,0 +1,43 @@
+"""The shift that an image makes, in its safety-relevant part and the rest."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from mechguard.errors import MechguardError
+from mechguard.plots.lines import modality_gap
+from mechguard.plots.style import headed, sample
+from mechguard.result import Result
+
+# The panels, in reading order: which way, how far in all, and how much of it concerns safety.
+DECOMPOSITION = (
+    "shift_along",
+    "shift_along_relative",
+    "shift_across",
+    "safety_share",
+    "safety_energy",
+    "safety_energy_of_mean",
+)
+TITLE = "What the image's shift does to safety, by layer"
+
+
+def shift_decomposition(result: Result) -> go.Figure:
+    """The shift along the safety directions and outside them at every layer, one panel per metric.
+
+    Args:
+        result: of `measure_modality_gap` with directions.
+
+    Raises:
+        MechguardError: the result is not a modality-gap table of one split, or was made without directions.
+    """
+    known = set(result.table["metric"]) if "metric" in result.table else set()
+    metrics = [metric for metric in DECOMPOSITION if metric in known]
+    if known and not metrics:
+        raise MechguardError(
+            "shift_decomposition found no part of the shift along a direction; give measure_modality_gap "
+            "directions=..."
+        )
+    figure = modality_gap(result, metrics=metrics or None)
+    shown = result.table[result.table["metric"].isin(metrics)]
+    subtitle = f"{sample(shown)}; bands: 95% intervals; grey: random directions"
+    return headed(figure, TITLE, subtitle)
