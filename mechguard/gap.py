@@ -169,7 +169,7 @@ def measure_modality_gap(
     inside V, and `safety_energy_of_mean`, that of the mean shift; `shift_along`, mean shift . v_1 (harmful is
     positive), and `shift_across`, the mean length of what lies outside V, both in units of the hidden state; and
     `shift_along_relative`, the first for harmful prompts, in units of the distance between harmful and harmless
-    texts along v_1: at -1 they lie where harmless texts do.
+    texts along v_1 (left out where that is not shown to differ from 0): at -1 they lie where harmless texts do.
 
     Args:
         text: states of the text alone (of the LLM, or of the VLM without a picture).
@@ -257,9 +257,7 @@ def _safety_rows(
             yield _null_row(RANDOM, name, np.array([float(shares[name][0]) for shares in found]))
 
 
-def _shares(
-    moved: Moved, basis: Float[ndarray, "rank d_model"], weights: Weights
-) -> dict[str, Draws]:
+def _shares(moved: Moved, basis: Float[ndarray, "rank d_model"], weights: Weights) -> dict[str, Draws]:
     """How much of the shift lies along a subspace."""
     inside = moved.shift @ basis.T
     squares = np.einsum("nd,nd->n", moved.shift, moved.shift)
@@ -286,7 +284,9 @@ def _decomposed(
         distance = _mean(moved.x @ basis[0], weights * is_harmful)
         distance = distance - _mean(moved.x @ basis[0], weights * ~is_harmful)
         along = _mean(inside[:, 0], weights * is_harmful)
-        found["shift_along_relative"] = np.divide(along, distance, out=np.zeros_like(along), where=distance != 0)
+        low, high = percentile_interval(distance)
+        if low > 0 or high < 0:  # else a ratio to what may be nothing
+            found["shift_along_relative"] = along / distance
     return found
 
 

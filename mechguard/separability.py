@@ -68,9 +68,7 @@ class Half:
             harmful, harmless = chosen.pair_indices()
             return cls(kept, np.asarray(scores), np.array(harmful), np.array(harmless), True)
         is_harmful = np.array(chosen.labels) == HARMFUL
-        return cls(
-            kept, np.asarray(scores), np.flatnonzero(is_harmful), np.flatnonzero(~is_harmful), False
-        )
+        return cls(kept, np.asarray(scores), np.flatnonzero(is_harmful), np.flatnonzero(~is_harmful), False)
 
     @property
     def groups(self) -> tuple[Scores, Scores]:
@@ -90,9 +88,7 @@ def project_halves(activations: Activations, directions: Directions) -> list[Hal
     return [Half.of(activations.prompts, everyone, directions.project(activations).numpy())]
 
 
-def own_halves(
-    activations: Activations, *, fitted: Activations | None = None, seed: int = 0
-) -> list[Half]:
+def own_halves(activations: Activations, *, fitted: Activations | None = None, seed: int = 0) -> list[Half]:
     """Either half of the prompts on the mean difference of the other, of these states or of `fitted`."""
     found = cross_project(fitted or activations, activations, seed=seed)
     return [Half.of(activations.prompts, rows.numpy(), scores.numpy()) for rows, scores in found]
@@ -299,7 +295,11 @@ def _shuffled_and_fitted(
     """The held-out measures when labels are dealt anew before the directions are fitted."""
     called = [
         swapped_labels(
-            len(half.harmful), len(half.harmless), paired=half.paired, permutations=permutations, seed=seed + i
+            len(half.harmful),
+            len(half.harmless),
+            paired=half.paired,
+            permutations=permutations,
+            seed=seed + i,
         )
         for i, half in enumerate(halves)
     ]
@@ -345,8 +345,6 @@ def _rows(
     ]
 
 
-def _row(
-    layer: int, direction: str, metric: str, value: float, low: float, high: float
-) -> dict[str, Any]:
+def _row(layer: int, direction: str, metric: str, value: float, low: float, high: float) -> dict[str, Any]:
     row = {"layer": layer, "direction": direction, "metric": metric}
     return {**row, "value": value, "low": low, "high": high}

@@ -287,9 +287,7 @@ def _random_rows(rank: int, width: int, resamples: int, seed: int) -> Iterator[d
         yield {"metric": metric, "value": float(draws.mean()), "low": float(low), "high": float(high)}
 
 
-def _corrected(
-    draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any], Any]
-) -> dict[str, float]:
+def _corrected(draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any], Any]) -> dict[str, float]:
     """The estimate, which comes first among the draws, with an interval about what it is biased from.
 
     Resamples are off from the estimate as it is off from the truth, and spread as it does.

@@ -81,7 +81,9 @@ def large_sample(dprime: float) -> dict[str, float]:
         drawn = two_groups(np.random.default_rng(10_000 + seed), dprime, PAIRS)
         names = [prompt.pair for prompt in drawn.prompts]
         probes.append(
-            measure_probe(drawn.data[0].numpy(), (drawn.labels == "harmful").astype(int), names, seed=0, permutations=2)[0][0]
+            measure_probe(
+                drawn.data[0].numpy(), (drawn.labels == "harmful").astype(int), names, seed=0, permutations=2
+            )[0][0]
         )
     return {"silhouette": silhouette, "probe_accuracy": float(np.mean(probes))}
 
@@ -106,7 +108,9 @@ def planted_separability(seed: int) -> Iterator[tuple[str, bool]]:
 def null_separability(seed: int) -> Iterator[tuple[str, bool]]:
     random = np.random.default_rng(seed)
     states = two_groups(random, 0.0, PAIRS)
-    result = mg.measure_separability(states, axis(), nulls=True, resamples=500, random_directions=2, seed=seed)
+    result = mg.measure_separability(
+        states, axis(), nulls=True, resamples=500, random_directions=2, seed=seed
+    )
     for direction, name in ((axis().name, "given"), (OWN, "own")):
         for metric, chance in (("auroc", 0.5), ("dprime", 0.0)):
             found = row(result, direction=direction, metric=metric)
@@ -182,8 +186,9 @@ def null_gap(seed: int) -> Iterator[tuple[str, bool]]:
         value = float(row(result, metric=metric, direction="observed")["value"])
         found = row(result, metric=metric, direction="shuffled modality")
         yield f"{metric}, shuffled modality", not holds(found, value)
-    yield "modality accuracy, interval", not holds(
-        row(result, metric="modality_accuracy", direction="observed"), 0.5
+    yield (
+        "modality accuracy, interval",
+        not holds(row(result, metric="modality_accuracy", direction="observed"), 0.5),
     )
 
 

@@ -80,7 +80,9 @@ def test_changes_are_those_of_the_same_prompts_and_narrower_than_two_intervals()
     change = found(result, "auroc_change", "nudged", ssd.name)
     plain = found(result, "auroc", "nudged", ssd.name)
     assert change["high"] - change["low"] < 0.1 * (plain["high"] - plain["low"])
-    assert change["value"] == pytest.approx(plain["value"] - found(result, "auroc", "text", ssd.name)["value"])
+    assert change["value"] == pytest.approx(
+        plain["value"] - found(result, "auroc", "text", ssd.name)["value"]
+    )
 
 
 def test_without_directions_each_condition_lends_its_own_held_out(conditions):

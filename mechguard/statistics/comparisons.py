@@ -102,9 +102,7 @@ def compare_outcomes(outcomes: pd.DataFrame, *, clusters: str | None = None, see
     return Result(result.table.assign(p_holm=adjust_holm(result.table["p"].to_numpy())), result.about)
 
 
-def _differences(
-    asked: pd.DataFrame, column: str, clusters: str | None, seed: int
-) -> list[dict[str, Any]]:
+def _differences(asked: pd.DataFrame, column: str, clusters: str | None, seed: int) -> list[dict[str, Any]]:
     """Paired differences of one outcome among the places (condition, guard) where it was asked."""
     if asked.duplicated(["id", "condition", "guard"]).any():
         raise MechguardError(

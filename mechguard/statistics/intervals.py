@@ -85,7 +85,9 @@ def simultaneous_interval(
     """
     errors = draws.std(-1, ddof=1)
     deviations = np.abs(draws - draws.mean(-1, keepdims=True))
-    scaled = np.divide(deviations, errors[..., None], out=np.zeros_like(deviations), where=errors[..., None] > 0)
+    scaled = np.divide(
+        deviations, errors[..., None], out=np.zeros_like(deviations), where=errors[..., None] > 0
+    )
     quantile = np.quantile(scaled.max(-2), _expanded(n, level), axis=-1)
     half = quantile[..., None] * errors
     return value - half, value + half
