@@ -141,16 +141,6 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     """
     study = StudyFolder.read(study_dir)
     behaviour = study.reported("behaviour").table
-    measured = {
-        name: study.reported(result).table
-        for name, result in (
-            ("separability", "separability"),
-            ("transfer", "transfer"),
-            ("gap", "modality_gap"),
-            ("gates", "gates"),
-        )
-        if result in study.results
-    }
     comparisons = compare_responses(study.responses)
     environment = Environment(
         loader=PackageLoader("mechguard", "templates"),
@@ -162,7 +152,7 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     page = environment.get_template("report.html").render(
         model=study.model,
         facts=study.facts,
-        summary=summarise(behaviour, comparisons=comparisons, **measured),
+        summary=summarise_study(study),
         differences=describe_differences(comparisons),
         headline=headline(behaviour),
         figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
@@ -218,6 +208,19 @@ def sample_responses(responses: pd.DataFrame, count: int = SAMPLES) -> list[dict
         }
         for guard in sorted(guards, key=lambda name: name != GUARDED)
     ]
+
+
+def summarise_study(study: StudyFolder) -> list[str]:
+    """What the study's tables show, in paragraphs."""
+    found = {name: study.reported(name).table for name in study.results}
+    return summarise(
+        found["behaviour"],
+        found.get("separability"),
+        comparisons=compare_responses(study.responses),
+        transfer=found.get("transfer"),
+        gap=found.get("modality_gap"),
+        gates=found.get("gates"),
+    )
 
 
 def compare_responses(responses: pd.DataFrame) -> pd.DataFrame | None:

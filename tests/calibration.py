@@ -25,16 +25,10 @@ from mechguard.gap import METRICS, NULLS, Moved, together
 from mechguard.result import Result
 from mechguard.separability import OWN, STATES
 from mechguard.statistics import (
-    compare_outcomes,
-    count_prompts_needed,
-    mcnemar_p,
     measure_probe,
     measure_silhouette,
-    permutation_p,
-    permuted_measure,
     wilson_interval,
 )
-from mechguard.statistics import auroc as auroc_measure
 
 PAIRS, WIDTH = 80, 24
 Check = Callable[[int], Iterator[tuple[str, bool]]]
