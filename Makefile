@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures families test lint bench format clean
+.PHONY: install demo figures families test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -28,12 +28,17 @@ figures: demo
 	cp figures/demo/figures/behaviour.png figures/headline.png
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
+	cp figures/demo/results/sweep.csv figures/sweep.csv
+	cp figures/demo/results/sweep.json figures/sweep.json
 
 families: install
 	$(BIN)/python tests/families_table.py
 
 test: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
+
+organism-check: install
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -s -m slow tests/organism/test_behaviour.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,10 +30,10 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
-from mechguard.separability import measure_separability, select_layers
+from mechguard.separability import measure_separability
 from mechguard.statistics import bootstrap_mean
 from mechguard.storage import append_line, digest, read_lines, write_json
-from mechguard.sweeps import RULE, choose, format_layers, parse_layers
+from mechguard.sweeps import RULE, choose, format_layers, layer_sets, parse_layers
 from mechguard.tracing import collect, predict_next_tokens
 
 ALPHAS = (0.5, 1.0, 2.0)
@@ -144,7 +144,10 @@ class Comparison:
         tests: prompts that are reported, by the name of their setting.
         out: the folder.
         methods: which are compared; `METHODS` by default.
+        conditions: image conditions; "image" where every prompt owns a picture.
+        only: conditions of single test sets, such as prompts that mean nothing without their picture.
         limit: at most so many validation prompts of each label.
+        limit_tests: at most so many prompts of each label of a test set; all by default.
     """
 
     vlm: VLM
@@ -154,7 +157,9 @@ class Comparison:
     out: Path
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     conditions: Sequence[str] = ("text", "blank", "image")
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     limit: int = 25
+    limit_tests: int | None = None
     seed: int = 0
     max_new_tokens: int = 48
     progress: bool = True
@@ -171,8 +176,7 @@ class Comparison:
         ssd = fit_directions(self.states.text)
         states = collect(self.vlm.llm, self.validation, progress=self.progress)
         separability = measure_separability(states, ssd, resamples=50)
-        sizes = dict.fromkeys(min(k, self.vlm.n_layers) for k in (1, 3, self.vlm.n_layers))
-        return [select_layers(separability, k=k) for k in sizes]
+        return layer_sets(separability, self.vlm.n_layers, sizes=(1, 3))
 
     def settings(self, method: Method) -> list[Setting]:
         """Every setting of a method that is tried."""
@@ -185,7 +189,7 @@ class Comparison:
 
     def choose(self) -> dict[str, Setting]:
         """The setting of every method, by `RULE` on validation prompts."""
-        prompts = _limited(self.validation, self.limit)
+        prompts = self.validation.first(self.limit)
         plain = self._cell("validation", UNGUARDED, {}, lambda: self._rates(prompts, None))
         chosen = {}
         for name, method in tqdm(self.methods.items(), desc="methods", disable=not self.progress):
@@ -219,7 +223,7 @@ class Comparison:
             "rule": RULE,
             "chosen": chosen,
             "layer_sets": self.layer_sets,
-            "n_validation": len(_limited(self.validation, self.limit)),
+            "n_validation": len(self.validation.first(self.limit)),
             "seed": self.seed,
         }
         result = Result.from_rows(rows, **about)
@@ -252,9 +256,11 @@ class Comparison:
 
     def _tested(self, guard: AnyGuard | None) -> list[dict[str, Any]]:
         rows = []
-        for name, prompts in self.tests.items():
+        for name, everything in self.tests.items():
+            prompts = everything.first(self.limit_tests)
             owned = all(prompt.own_image is not None for prompt in prompts)
-            conditions = [word for word in self.conditions if word != "image" or owned]
+            asked = self.only.get(name, self.conditions)
+            conditions = [word for word in asked if word != "image" or owned]
             rows += self._evaluated(prompts.renamed(name), guard, conditions, "test")
             if guard is not None:
                 rows += self._divergence(prompts.renamed(name), guard, conditions)
@@ -322,7 +328,9 @@ class Comparison:
             "prompts": {name: prompts.fingerprint for name, prompts in sets.items()},
             "methods": list(self.methods),
             "conditions": list(self.conditions),
+            "only": {name: list(words) for name, words in self.only.items()},
             "limit": self.limit,
+            "limit_tests": self.limit_tests,
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -354,10 +362,11 @@ def compare_guards(
         tests: prompts that are reported, by the name of their setting.
         out: a folder; a comparison that was interrupted there goes on.
         methods: names in `METHODS`; all by default.
-        settings: `conditions`, `limit`, `seed`, `max_new_tokens` (see `Comparison`).
+        settings: `conditions`, `only`, `limit`, `limit_tests`, `seed`, `max_new_tokens` (see `Comparison`).
 
     Returns:
-        Rows setting x condition x guard x metric; controls are guards named "METHOD; random 1",
+        Rows setting x condition x guard x metric, among them `visual_accuracy` for questions with answers and
+        `kl_first_token` for harmless prompts; controls are guards named "METHOD; random 1",
         "METHOD; shuffled".
 
     Raises:
@@ -372,14 +381,3 @@ def compare_guards(
         model, anchors, validation, tests, Path(out), chosen, progress=progress, **settings
     )
     return comparison.run()
-
-
-def _limited(prompts: Prompts, limit: int) -> Prompts:
-    """The first `limit` prompts of each label."""
-    kept: dict[str, int] = {}
-    rows = []
-    for prompt in prompts:
-        kept[prompt.label] = kept.get(prompt.label, 0) + 1
-        if kept[prompt.label] <= limit:
-            rows.append(prompt)
-    return Prompts(rows, name=prompts.name)

@@ -65,6 +65,7 @@ class Prompt:
         pair: shared by one harmful and one harmless prompt that differ in little else; None if unpaired.
         category: a free word for grouping.
         own_image: the picture that belongs to the prompt, sent under the condition "image".
+        answer: what a right answer says, for questions that have one.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Prompt:
     pair: str | None = None
     category: str | None = None
     own_image: Picture | tuple[Picture, ...] | None = None
+    answer: str | None = None
 
     @property
     def images(self) -> tuple[Picture, ...]:
@@ -169,6 +171,16 @@ class Prompts(Sequence[Prompt]):
         """Only the harmful or only the harmless prompts."""
         return self.filter(lambda prompt: prompt.label == label)
 
+    def first(self, count: int | None) -> Prompts:
+        """The first `count` prompts of each label; all for None."""
+        left = {label: len(self) if count is None else count for label in (HARMFUL, HARMLESS)}
+        kept = []
+        for prompt in self:
+            if left[prompt.label] > 0:
+                left[prompt.label] -= 1
+                kept.append(prompt)
+        return Prompts(kept, name=self.name)
+
     def renamed(self, name: str) -> Prompts:
         """The same prompts under another name (the `setting` column of results)."""
         return Prompts(self, name=name)
@@ -228,7 +240,7 @@ class Prompts(Sequence[Prompt]):
         return model.render(list(self))
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per prompt: id, text, label, pair, image, category."""
+        """One row per prompt: id, text, label, pair, image, category, and answer where some have one."""
         import pandas as pd
 
         return pd.DataFrame([_as_row(prompt) for prompt in self])
@@ -298,6 +310,7 @@ def _as_row(prompt: Prompt) -> dict[str, Any]:
         "pair": prompt.pair,
         "image": _describe_image(prompt.image if prompt.image is not None else prompt.own_image),
         "category": prompt.category,
+        **({} if prompt.answer is None else {"answer": prompt.answer}),
     }
 
 
