@@ -3,14 +3,14 @@
 X are the states of the text alone, Y those of the same prompts with an image, row by row. Every metric is a
 function of mean inner products, weighted over the prompts; a bootstrap resample is one row of weights.
 
-A mean inner product of states comes in two ways. *Together*, over all pairs of prompts, it gives the published
-formulas, and the column `value`. *Apart*, without a prompt's product with itself, it is free of the bias by which
-the former grows with d_model over n (a U-statistic); the intervals come from it, and are widened to hold `value`
-where that is off. Where d_model is far above n, trust the interval.
+A mean inner product of states comes in two ways. *Together*, over all pairs of prompts, it gives the
+published formulas, and the column `value`. *Apart*, without a prompt's product with itself, it is free of
+the bias by which the former grows with d_model over n (a U-statistic); the intervals come from it, and are
+widened to hold `value` where that is off. Where d_model is far above n, trust the interval.
 
 Sources: centroid distance and cone, Liang et al., "Mind the Gap", NeurIPS 2022; RMG, Schrodi et al. 2024;
-linear CKA, Kornblith et al. 2019, and without bias by the HSIC of Song et al. 2012; the decomposition of the shift
-in the manner of ShiftDC, arXiv 2502.13095.
+linear CKA, Kornblith et al. 2019, and without bias by the HSIC of Song et al. 2012; the decomposition of
+the shift in the manner of ShiftDC, arXiv 2502.13095.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ METRICS: dict[str, Callable[[Moved, Weights, Inner], Draws]] = {
         shift_consistency,
     )
 }
-# What exchanging a prompt's two states at random would leave, were there no gap: as many weights are negative.
+# What exchanging a prompt's two states at random would leave, were there no gap: as many weights are
+# negative.
 NULLS = ("centroid_distance", "centroid_distance_normalised", "shift_consistency")
 
 
@@ -167,9 +168,10 @@ def measure_modality_gap(
     With `directions` also what the shift h(x, image) - h(x) does to safety, v_1 their first, V all of them:
     `safety_share`, mean |shift . v_1| / ||shift||; `safety_energy`, the share of the shifts' squared length
     inside V, and `safety_energy_of_mean`, that of the mean shift; `shift_along`, mean shift . v_1 (harmful is
-    positive), and `shift_across`, the mean length of what lies outside V, both in units of the hidden state; and
-    `shift_along_relative`, the first for harmful prompts, in units of the distance between harmful and harmless
-    texts along v_1 (left out where that is not shown to differ from 0): at -1 they lie where harmless texts do.
+    positive), and `shift_across`, the mean length of what lies outside V, both in units of the hidden
+    state; and `shift_along_relative`, the first for harmful prompts, in units of the distance between
+    harmful and harmless texts along v_1 (left out where that is not shown to differ from 0): at -1 they lie
+    where harmless texts do.
 
     Args:
         text: states of the text alone (of the LLM, or of the VLM without a picture).
@@ -320,8 +322,8 @@ def _hsic_apart(x: States, y: States, weights: Weights) -> tuple[Draws, ...]:
 def _kernel_sums(a: States, b: States, weights: Weights, *, own: bool) -> dict[str, Draws]:
     """Weighted sums of products K_ij L_ij, K_ij L_ik, ... of the kernels K of `a` and L of `b`.
 
-    A repeated index in a name repeats its weight: "ij ijj" is the sum of w_i w_j^2 K_ij L_ij. Rows of the kernels
-    are made in blocks, so that no n x n matrix is held for many prompts.
+    A repeated index in a name repeats its weight: "ij ijj" is the sum of w_i w_j^2 K_ij L_ij. Rows of the
+    kernels are made in blocks, so that no n x n matrix is held for many prompts.
     """
     squares = weights**2
     names = ("ij ij", "ij ik", "ij ijj", "iij ik", "iij ijj", "ij", "kl")

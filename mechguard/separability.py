@@ -1,9 +1,10 @@
 """How well harmful and harmless states come apart, layer by layer, with controls.
 
 Four things are kept apart in every result (column `direction`): the separation along a direction that was
-fitted elsewhere, such as the LLM's SSD; the separation along the states' *own* direction, held out by pair; that
-of the whole states, without a direction; and the nulls, random directions and shuffled labels. A direction that
-has *moved* separates no more while the own one still does; when safety has *collapsed* neither does.
+fitted elsewhere, such as the LLM's SSD; the separation along the states' *own* direction, held out by pair;
+that of the whole states, without a direction; and the nulls, random directions and shuffled labels. A
+direction that has *moved* separates no more while the own one still does; when safety has *collapsed*
+neither does.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def measure_separability(
 ) -> Result:
     """How far harmful and harmless states lie apart at every layer.
 
-    Along a direction: `auroc`, `dprime`, `fisher` (d'^2 / 2) and `overlap` (of two fitted normals). Of the whole
+    Along a direction: `auroc`, `dprime`, `fisher` (d'^2 / 2) and `overlap` (of two fitted normals). Of the
+    whole
     states: `silhouette` and `probe_accuracy`, of a ridge probe held out by pair.
 
     Args:
@@ -332,7 +334,7 @@ def _refitted(
             for chosen in (is_positive, ~is_positive)
         ]
         for metric in NULL_METRICS:
-            found[metric].append(MEASURES[metric](*groups))
+            found[metric].append(MEASURES[metric](groups[0], groups[1]))
     return {metric: np.concatenate(values) for metric, values in found.items()}
 
 

@@ -179,7 +179,7 @@ class Study:
         return [self.states("anchors", view, condition) for view, condition in views]
 
     def transfer(self) -> Result:
-        """Directions fitted on the anchors under each view, tested on the test prompts under each condition."""
+        """Directions of the anchors under each view, tested on the test prompts under each condition."""
 
         def measure() -> Result:
             fitted = [fit_directions(activations, method="svd") for activations in self.anchor_states()]

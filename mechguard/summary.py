@@ -1,7 +1,8 @@
 """What a study shows, in sentences and one table that are made from its results.
 
-A difference is named with its own interval: of the same prompts in pairs where their outcomes are at hand, else from
-the two rates' intervals. Where it holds zero, or a corrected test does not reject, the difference is "not shown".
+A difference is named with its own interval: of the same prompts in pairs where their outcomes are at hand,
+else from the two rates' intervals. Where it holds zero, or a corrected test does not reject, the difference
+is "not shown".
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ VERDICTS = {
     "kept": "no loss along the LLM's direction is shown",
     "moved": "the distinction has moved: another direction still tells, and no loss along it is shown",
     "partly moved": "the distinction has partly moved: another direction tells better, yet less than in text",
-    "collapsed": "the distinction has collapsed: no direction that tells better is shown",
+    "weakened": "the distinction has weakened: less of it is left along either direction, and none that tells "
+    "better is shown",
+    "collapsed": "the distinction has collapsed: the own direction is not shown to tell anything either",
     "undecided": "whether it moved or collapsed is not shown",
 }
 
@@ -120,8 +123,8 @@ def summarise(
 def judge_layers(transfer: pd.DataFrame) -> pd.DataFrame:
     """Whether the LLM's direction kept, moved or collapsed, at each layer and under each condition.
 
-    From three paired differences of AUROC whose intervals hold for all layers at once: what the first direction
-    lost, what the states' own direction lost, and what the own one recovers over the first.
+    From three paired differences of AUROC whose intervals hold for all layers at once: what the first
+    direction lost, what the states' own direction lost, and what the own one recovers over the first.
 
     Args:
         transfer: the table of `measure_transfer`.
@@ -140,17 +143,21 @@ def judge_layers(transfer: pd.DataFrame) -> pd.DataFrame:
         if lost is None or own is None or over is None:
             continue
         values = {"lost": lost.value, "own_lost": own.value, "recovered": over.value}
-        verdict = _verdict(lost, own, over)
+        left = transfer[(transfer["metric"] == "auroc") & (transfer["direction"] == OWN)]
+        left = _one(left[(left["condition"] == condition) & (left["layer"] == layer)])
+        verdict = _verdict(lost, own, over, left)
         rows.append({"condition": condition, "layer": int(layer), "verdict": verdict, **values})
     return pd.DataFrame(rows, columns=["condition", "layer", "verdict", "lost", "own_lost", "recovered"])
 
 
-def _verdict(lost: Difference, own: Difference, recovered: Difference) -> str:
+def _verdict(lost: Difference, own: Difference, recovered: Difference, left: Difference | None) -> str:
     if lost.high >= 0:
         return "kept"
     if recovered.low > 0:
         return "partly moved" if own.high < 0 else "moved"
-    return "collapsed" if own.high < 0 else "undecided"
+    if own.high >= 0:
+        return "undecided"
+    return "weakened" if left is not None and left.low > 0.5 else "collapsed"
 
 
 def headline(table: pd.DataFrame) -> dict[str, Any]:
@@ -234,7 +241,8 @@ def _say_controls(answered: pd.DataFrame, picture: str, guarded: Rate, paired: p
     )
     alike = sum(not change.shown or change.value < 0 for change in changes)
     compared = (
-        f"for {alike} of {len(controls)} more answers than with the guard are not shown, nor is a part of the "
+        f"for {alike} of {len(controls)} more answers than with the guard are not shown, nor is a part "
+        f"of the "
         "fitted direction in this"
         if alike
         else "each answers more than the guard does"
@@ -287,7 +295,8 @@ def _say_transfer(transfer: pd.DataFrame) -> str:
     null = _placed(at, picture, SHUFFLED, interval=True)
     said = [
         f"Along the LLM's safety steering direction the AUROC falls from {before} in text to {after} beside "
-        f"{_called(picture)} at layer {layer}: a change of {change.words} of the same prompts, for all layers "
+        f"{_called(picture)} at layer {layer}: a change of {change.words} of the same prompts, for all "
+        f"layers "
         f"at once, n = {_count(at)}{f'; shuffled labels give {null}' if null else ''}. A fall is shown at "
         f"layer{'s' * (len(shown) > 1)} {_ranges(shown)}.",
         _say_own(at, text, picture, changes, layer),
@@ -305,7 +314,8 @@ def _say_own(at: pd.DataFrame, text: str, picture: str, changes: pd.DataFrame, l
         return ""
     return (
         f"Along the states' own direction, held out, it goes from {_placed(at, text, OWN)} to "
-        f"{_placed(at, picture, OWN)} there, a change of {change.words}; over the LLM's direction that recovers "
+        f"{_placed(at, picture, OWN)} there, a change of {change.words}; over the LLM's direction that "
+        f"recovers "
         f"{recovered.words}."
     )
 
@@ -326,8 +336,10 @@ def _say_shift(gap: pd.DataFrame) -> str:
         found.get(("safety_energy_of_mean", "random direction")),
     )
     said = (
-        f"{_called(picture, upper=True)} shifts the states; of the mean shift's energy the safety subspace holds "
-        f"{share.percent} (95% interval {share.interval}, n = {share.n}) at layer {int(largest['layer'])}, where "
+        f"{_called(picture, upper=True)} shifts the states; of the mean shift's energy the safety "
+        f"subspace holds "
+        f"{share.percent} (95% interval {share.interval}, n = {share.n}) at layer "
+        f"{int(largest['layer'])}, where "
         "it holds most"
     )
     if random is not None:
@@ -337,10 +349,10 @@ def _say_shift(gap: pd.DataFrame) -> str:
     along = found.get(("shift_along", "observed"))
     if along is not None:
         way = "towards harmless" if along.high < 0 else "towards harmful" if along.low > 0 else ""
-        said += (
-            f". Along the first direction it points {way}" if way else ". A way along the first is not shown"
-        )
-        said += f" ({along.value:+.2f}, 95% interval {along.low:+.2f} to {along.high:+.2f}, in units of the state)"
+        pointed = f"Along the first direction it points {way}"
+        pointed = pointed if way else "A way along the first direction is not shown"
+        interval = f"95% interval {along.low:+.2f} to {along.high:+.2f}, in units of the state"
+        said += f". {pointed} ({along.value:+.2f}, {interval})"
     return f"{said}."
 
 
@@ -363,7 +375,8 @@ def _say_gates(gates: pd.DataFrame) -> str:
         harmful, harmless = (found.get(("gate_open", gate, label)) for label in ("harmful", "harmless"))
         if harmful is not None and harmless is not None:
             said.append(
-                f"There the {called} gate opens for {harmful.words} of harmful and {harmless.words} of harmless "
+                f"There the {called} gate opens for {harmful.words} of harmful and {harmless.words} of "
+                f"harmless "
                 "prompts."
             )
     return " ".join(said)

@@ -3,11 +3,11 @@
 A matrix layer x fitted on x tested on. Three numbers per layer tell a direction that *moved* from one that
 *collapsed*, all of the same prompts, as paired differences:
 
-    auroc_change of the LLM's direction, image - text     below 0: this direction lost its grip
-    auroc_change of the own direction, image - text       below 0: harm is less decodable along any one of them
-    auroc_recovered, own - LLM's direction under the image   above 0: another direction still tells
+    auroc_change, LLM's direction, image - text     below 0: this direction lost its grip
+    auroc_change, own direction, image - text       below 0: no direction tells as well as one did in text
+    auroc_recovered, own - LLM's direction, image   above 0: another direction still tells
 
-`angles` are between the directions themselves: cosines and principal angles of what was fitted under either
+Angles are between the directions themselves: cosines and principal angles of what was fitted under either
 condition, and the share of the differences' energy that the subspace holds.
 """
 
@@ -125,9 +125,10 @@ def measure_angles(
 ) -> Result:
     """The angles between the safety steering subspaces of several conditions, with their noise taken out.
 
-    Fitted on each condition: the first `rank` right singular vectors of the paired differences, as the SSD. The
-    column `value` is the plain estimate; noise turns fitted subspaces apart, so the intervals are corrected for
-    it by the bootstrap over pairs (on the cosines, squared for the angles) and widened to hold `value`.
+    Fitted on each condition: the first `rank` right singular vectors of the paired differences, as the SSD.
+    The column `value` is the plain estimate; noise turns fitted subspaces apart, so the intervals are
+    corrected for it by the bootstrap over pairs (on the cosines, squared for the angles) and widened to
+    hold `value`.
 
     Args:
         states: the same pairs under several conditions.
@@ -192,7 +193,8 @@ def _check_alike(states: Sequence[Activations]) -> None:
         same = [p.id for p in activations.prompts] == [p.id for p in states[0].prompts]
         if not same or activations.layers != states[0].layers:
             raise MechguardError(
-                f"{states[0]!r} and {activations!r} hold different prompts or layers; collect the same prompts "
+                f"{states[0]!r} and {activations!r} hold different prompts or layers; collect the same "
+                f"prompts "
                 "under each condition"
             )
 

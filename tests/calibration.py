@@ -3,8 +3,9 @@
     python tests/calibration.py --planted 100 --null 500
 
 States are drawn from known normal distributions, so that d', AUROC, gap, CKA, angles have values that follow
-from the parameters (or, where no formula is at hand, from a sample of 40,000). `planted` counts in how many seeds
-each metric's 95% interval holds that value; `null` how often a 5% test finds something where nothing is.
+from the parameters (or, where no formula is at hand, from a sample of 40,000). `planted` counts in how many
+seeds each metric's 95% interval holds that value; `null` how often a 5% test finds something where nothing
+is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ import mechguard as mg
 from mechguard.gap import METRICS, NULLS, Moved, together
 from mechguard.result import Result
 from mechguard.separability import OWN, STATES
-from mechguard.statistics import (
-    measure_probe,
-    measure_silhouette,
-    wilson_interval,
-)
+from mechguard.statistics import compare_outcomes, measure_probe, measure_silhouette, wilson_interval
 
 PAIRS, WIDTH = 80, 24
 Check = Callable[[int], Iterator[tuple[str, bool]]]
@@ -65,7 +62,7 @@ def two_groups(random: np.random.Generator, dprime: float, pairs: int, shared: f
 
 @cache
 def large_sample(dprime: float) -> dict[str, float]:
-    """What no formula is at hand for: silhouette and the probe of so many prompts, from very large samples."""
+    """What no formula is at hand for: the silhouette, and the probe of so many prompts."""
     states = two_groups(np.random.default_rng(99), dprime, 3000)
     labels = (states.labels == "harmful").astype(int)
     some = states.data[0].double().numpy()
@@ -186,8 +183,110 @@ def null_gap(seed: int) -> Iterator[tuple[str, bool]]:
     )
 
 
-PLANTED: list[Check] = [planted_separability, planted_gap]
-NULL: list[Check] = [null_separability, null_gap]
+def two_conditions(
+    random: np.random.Generator, before: float, after: float, layers: int = 1
+) -> list[mg.Activations]:
+    """The same prompts twice, `before` and `after` apart on axis 0, with most of their noise in common."""
+    common = random.normal(size=(layers, 2 * PAIRS, WIDTH)) * np.sqrt(0.7)
+    made = []
+    for name, dprime in (("text", before), ("image", after)):
+        data = common + random.normal(size=common.shape) * np.sqrt(0.3)
+        data[:, :PAIRS, 0] += dprime
+        labels, pairs = [1] * PAIRS + [0] * PAIRS, [*range(PAIRS)] * 2
+        one = mg.Activations.from_tensor(data, labels=labels, pairs=pairs)
+        made.append(mg.Activations(one.data, one.layers, one.prompts, {"condition": name}))
+    return made
+
+
+def planted_transfer(seed: int) -> Iterator[tuple[str, bool]]:
+    states = two_conditions(np.random.default_rng(seed), 2.0, 0.7)
+    result = mg.measure_transfer(states, [axis()], resamples=500, seed=seed)
+    before, after = (stats.norm.cdf(dprime / np.sqrt(2)) for dprime in (2.0, 0.7))
+    change = row(result, metric="auroc_change", direction=axis().name)
+    yield "auroc_change, from d' 2 to 0.7", holds(change, after - before)
+    yield (
+        "auroc, transferred",
+        holds(row(result, metric="auroc", direction=axis().name, condition="image"), after),
+    )
+
+
+def null_transfer(seed: int) -> Iterator[tuple[str, bool]]:
+    """Several layers at once: any change that is found at any of them is one false finding."""
+    layers = 4
+    states = two_conditions(np.random.default_rng(seed), 1.0, 1.0, layers)
+    given = mg.Directions.from_tensor(torch.eye(WIDTH)[:1].expand(layers, 1, WIDTH))
+    result = mg.measure_transfer(states, [given], resamples=500, seed=seed)
+    changes = result.where(metric="auroc_change", direction=given.name).table
+    yield "auroc_change at any of 4 layers", bool(((changes["low"] > 0) | (changes["high"] < 0)).any())
+
+
+TURNS = (20.0, 50.0)
+
+
+def two_planes(random: np.random.Generator) -> list[mg.Activations]:
+    """Differences in two planes whose principal angles are TURNS."""
+    turns = np.radians(TURNS)
+    bases = np.zeros((2, 2, WIDTH))
+    bases[0, [0, 1], [0, 1]] = 1
+    bases[1, [0, 1], [0, 1]], bases[1, [0, 1], [2, 3]] = np.cos(turns), np.sin(turns)
+    weights = random.normal(size=(PAIRS, 2)) * [1.5, 1.0] + [1.0, 0.0]
+    made = []
+    for name, basis in zip(("text", "image"), bases, strict=True):
+        harmful = weights @ basis + 0.3 * random.normal(size=(PAIRS, WIDTH))
+        one = paired_states(harmful, np.zeros_like(harmful))
+        made.append(mg.Activations(one.data, one.layers, one.prompts, {"condition": name}))
+    return made
+
+
+def planted_angles(seed: int) -> Iterator[tuple[str, bool]]:
+    result = mg.measure_angles(two_planes(np.random.default_rng(seed)), rank=2, resamples=500, seed=seed)
+    for number, truth in enumerate(TURNS, 1):
+        found = row(result, metric=f"principal_angle_{number}", direction="text")
+        yield f"principal angle of {truth:g} degrees", holds(found, truth)
+    cosine = row(result, metric="cosine", direction="text")
+    yield "cosine of first directions", holds(cosine, float(np.cos(np.radians(TURNS[0]))))
+    energy = (1.5**2 + 1 + 1 + 2 * 0.09) / (1.5**2 + 1 + 1 + WIDTH * 0.09)
+    yield "subspace_energy", holds(row(result, metric="subspace_energy", condition="text"), energy)
+
+
+ASKED = 300
+
+
+def outcomes(random: np.random.Generator, first: float, second: float) -> pd.DataFrame:
+    """The same prompts under two conditions; most of what decides is common to both."""
+    common = random.normal(size=ASKED) * np.sqrt(0.6)
+    rows = []
+    for condition, rate in (("text", first), ("blank", second)):
+        decided = common + random.normal(size=ASKED) * np.sqrt(0.4) < stats.norm.ppf(rate)
+        rows += [
+            {"id": str(i), "condition": condition, "guard": "none", "label": "harmful", "complied": bool(hit)}
+            for i, hit in enumerate(decided)
+        ]
+    return pd.DataFrame(rows)
+
+
+def planted_rates(seed: int) -> Iterator[tuple[str, bool]]:
+    random = np.random.default_rng(seed)
+    found = compare_outcomes(outcomes(random, 0.15, 0.34)).table.iloc[0]
+    yield "attack_success_change, paired", holds(found, 0.19)
+    low, high = wilson_interval(int(random.binomial(ASKED, 0.15)), ASKED)
+    yield "attack_success, Wilson", low <= 0.15 <= high
+
+
+def null_rates(seed: int) -> Iterator[tuple[str, bool]]:
+    found = compare_outcomes(outcomes(np.random.default_rng(seed), 0.4, 0.4)).table.iloc[0]
+    yield "attack_success_change, McNemar exact", bool(found["p"] < 0.05)
+    yield "attack_success_change, interval", not holds(found, 0.0)
+
+
+PLANTED: list[Check] = [
+    planted_separability,
+    planted_gap,
+    planted_transfer,
+    planted_angles,
+    planted_rates,
+]
+NULL: list[Check] = [null_separability, null_gap, null_transfer, null_rates]
 
 
 def count(checks: list[Check], seeds: int) -> pd.DataFrame:

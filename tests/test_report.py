@@ -144,6 +144,9 @@ def test_a_collapse_is_told_from_a_move(tmp_path: Path):
     table.loc[changes, ["value", "low", "high"]] = -0.3, -0.4, -0.2
     table.loc[table["metric"] == "auroc_recovered", ["value", "low", "high"]] = 0.0, -0.1, 0.1
     judged = summary.judge_layers(table)
+    assert set(judged[judged["condition"] == "vlm blank"]["verdict"]) == {"kept", "weakened"}
+    table.loc[own & beside & (table["metric"] == "auroc"), "low"] = 0.4
+    judged = summary.judge_layers(table)
     assert set(judged[judged["condition"] == "vlm blank"]["verdict"]) == {"kept", "collapsed"}
     text = " ".join(summarise(pretend.behaviour().table, transfer=table))
     assert "At layers 2-5 the distinction has collapsed" in text

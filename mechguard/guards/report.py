@@ -1,4 +1,4 @@
-"""How often each gate would open: by layer, label and condition, uncentred and centred, and what it could do."""
+"""How often each gate would open, uncentred and centred, and what any threshold could do."""
 
 from __future__ import annotations
 

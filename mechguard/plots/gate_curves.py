@@ -69,7 +69,8 @@ def gate_curves(result: Result) -> go.Figure:
 
 def _traces(rows: pd.DataFrame, layer: int, colour: str) -> list[go.Scatter]:
     hover = (
-        "opens for %{y:.0%} of harmful (95% interval %{customdata[0]:.0%} to %{customdata[1]:.0%}), %{x:.0%} of "
+        "opens for %{y:.0%} of harmful (95% interval %{customdata[0]:.0%} to %{customdata[1]:.0%}), "
+        "%{x:.0%} of "
         f"harmless<br>layer {layer}, %{{customdata[2]}}<extra></extra>"
     )
     found = []

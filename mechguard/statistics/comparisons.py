@@ -68,8 +68,8 @@ def compare_outcomes(outcomes: pd.DataFrame, *, clusters: str | None = None, see
 
     Args:
         outcomes: one row per prompt x condition x guard, with the columns `id`, `condition`, `guard`, `label`
-            and the judge's `complied`, `complete_refusal`, `keyword_refusal` as far as there are any, e.g. the
-            responses that `evaluate` stores; `setting` keeps sets of prompts apart.
+            and the judge's `complied`, `complete_refusal`, `keyword_refusal` as far as there are any, e.g.
+            the responses that `evaluate` stores; `setting` keeps sets of prompts apart.
         clusters: a column by whose values whole groups of prompts are resampled for the interval, such as
             the template; by prompt otherwise.
 
@@ -85,7 +85,8 @@ def compare_outcomes(outcomes: pd.DataFrame, *, clusters: str | None = None, see
         missing.append(clusters)
     if missing:
         raise MechguardError(
-            f"the outcomes have no column {', '.join(missing)}; they have {', '.join(outcomes.columns)}. Give "
+            f"the outcomes have no column {', '.join(missing)}; they have {', '.join(outcomes.columns)}. "
+            f"Give "
             "one row per prompt, condition and guard, such as the responses of evaluate"
         )
     rows = []

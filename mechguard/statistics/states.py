@@ -26,8 +26,8 @@ def measure_silhouette(
 ) -> Estimate:
     """The mean silhouette of two groups (Rousseeuw 1987), with a 95% interval.
 
-    (b - a) / max(a, b), a the mean distance to one's own group, b that to the other: near 1 apart, 0 alike. For
-    the interval no state is compared with its own cluster, to which it is nearer than to a new prompt.
+    (b - a) / max(a, b), a the mean distance to one's own group, b that to the other: near 1 apart, 0 alike.
+    For the interval no state is compared with its own cluster, to which it is nearer than to a new prompt.
     """
     centred = states - states.mean(0)
     n = len(states)
@@ -50,7 +50,7 @@ def measure_silhouette(
 def measure_probe(
     states: States, groups: Groups, clusters: Clusters, *, seed: int, permutations: int = PERMUTATIONS
 ) -> tuple[Estimate, Float[ndarray, " permutations"]]:
-    """The accuracy of a linear (ridge) probe on clusters it was not fitted on, and that under shuffled labels.
+    """The accuracy of a linear (ridge) probe on held-out clusters, and that under shuffled labels.
 
     The clusters are cut in two halves, each tested by the probe of the other. An accident of one half enters
     both tests, so their errors correlate; the permutations show how much, and the 95% interval allows for it.
@@ -68,7 +68,7 @@ def measure_probe(
     value, low, high = np.mean(bounds, axis=0)
     null = np.stack(shares)[:, 1:]
     spread = np.std(null, axis=1).prod()
-    correlation = np.cov(*null, ddof=0)[0, 1] / spread if spread > 0 else 1.0
+    correlation = np.cov(null, ddof=0)[0, 1] / spread if spread > 0 else 1.0
     shrunk = np.sqrt((1 + np.clip(correlation, 0, 1)) / 2)
     interval = (float(value), float(value - shrunk * (value - low)), float(value + shrunk * (high - value)))
     return interval, null.mean(0)
