@@ -45,6 +45,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+calibration: install
+	$(BIN)/python tests/calibration.py --planted 100 --null 500
+
 bench: install
 	$(BIN)/python tests/bench.py --out benchmarks.json
 

@@ -27,8 +27,8 @@ VERDICTS = {
     "kept": "no loss along the LLM's direction is shown",
     "moved": "the distinction has moved: another direction still tells, and no loss along it is shown",
     "partly moved": "the distinction has partly moved: another direction tells better, yet less than in text",
-    "weakened": "the distinction has weakened: less is left along either direction, and none that tells better "
-    "is shown",
+    "weakened": "the distinction has weakened: less is left along either direction, and none that tells "
+    "better is shown",
     "collapsed": "the distinction has collapsed: the own direction is not shown to tell anything either",
     "undecided": "whether it moved or collapsed is not shown",
 }

@@ -292,11 +292,13 @@ def _random_rows(rank: int, width: int, resamples: int, seed: int) -> Iterator[d
 def _corrected(draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any], Any]) -> dict[str, float]:
     """The estimate, which comes first among the draws, with an interval about what it is biased from.
 
-    Resamples are off from the estimate as it is off from the truth, and spread as it does.
+    Resamples are off from the estimate as it is off from the truth, and spread as it does: the percentile
+    interval, moved twice as far back as they are off.
     """
     estimate, resampled = draws[0], draws[1:]
     low, high = expanded_interval(resampled, pairs)
-    ends = [float(scale(end)) for end in (2 * estimate - high, 2 * estimate - low, estimate)]
+    off = 2 * (resampled.mean() - estimate)
+    ends = [float(scale(end)) for end in (low - off, high - off, estimate)]
     return {"value": ends[2], "low": min(ends), "high": max(ends)}
 
 

@@ -27,7 +27,7 @@ from mechguard.result import Result
 from mechguard.separability import OWN, STATES
 from mechguard.statistics import compare_outcomes, measure_probe, measure_silhouette, wilson_interval
 
-PAIRS, WIDTH = 80, 24
+PAIRS, WIDTH = 100, 24  # as many pairs as the paper's anchors
 Check = Callable[[int], Iterator[tuple[str, bool]]]
 
 
