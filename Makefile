@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures families test organism-check lint bench format clean
+.PHONY: install demo figures families test organism-check lint bench format clean calibration
 
 install: $(INSTALLED)
 

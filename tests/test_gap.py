@@ -1,5 +1,7 @@
 """The modality gap: analytic cases, independent formulas, intervals and the null."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,21 @@ def test_the_shift_is_taken_apart_along_the_safety_directions():
     assert observed(result, "shift_along_relative") == pytest.approx(3 / 100, rel=0.02)
     random_share = result.where(direction="random direction", metric="safety_energy").table["value"].iloc[0]
     assert random_share == pytest.approx(2 / 6, abs=0.05)
+
+
+def test_memory_grows_with_the_prompts_and_not_with_their_square(monkeypatch):
+    """Twice the prompts, about twice the memory, where one n x n matrix would take four times as much."""
+
+    def peak(n: int) -> int:
+        random = torch.Generator().manual_seed(0)
+        text, image = (states(torch.randn(1, n, 8, generator=random)) for _ in range(2))
+        tracemalloc.start()
+        mg.measure_modality_gap(text, image, resamples=20)
+        mg.measure_separability(text, nulls=False, resamples=20, random_directions=2)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    monkeypatch.setattr("mechguard.gap.ROWS", 128)
+    monkeypatch.setattr("mechguard.statistics.states.ROWS", 128)
+    assert peak(1200) < 2.6 * peak(600)
