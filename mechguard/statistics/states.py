@@ -52,9 +52,9 @@ def measure_probe(
 ) -> tuple[Estimate, Float[ndarray, " permutations"]]:
     """The accuracy of a linear (ridge) probe on held-out clusters, and that under shuffled labels.
 
-    The clusters are cut in two halves, each tested by the probe of the other. An accident of one half enters both
-    tests, so the interval is as wide as that of one half. Where there is nothing to find that is wider than need
-    be; the test for that is the second return value.
+    The clusters are cut in two halves, each tested by the probe of the other. An accident of one half
+    enters both tests, so the interval is as wide as that of one half. Where there is nothing to find that
+    is wider than need be; the test for that is the second return value.
     """
     names, members = np.unique(np.asarray(clusters), return_inverse=True)
     in_first = (np.random.default_rng(seed).permutation(len(names)) < len(names) // 2)[members]
