@@ -5,8 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from mechguard.errors import MechguardError
-from mechguard.plots.lines import modality_gap
-from mechguard.plots.style import headed, sample
+from mechguard.plots.lines import INTERVAL_COLUMNS, modality_gap
+from mechguard.plots.style import headed, sample, table_of
 from mechguard.result import Result
 
 # The panels, in reading order: which way, how far in all, and how much of it concerns safety.
@@ -30,14 +30,15 @@ def shift_decomposition(result: Result) -> go.Figure:
     Raises:
         MechguardError: the result is not a modality-gap table of one split, or was made without directions.
     """
-    known = set(result.table["metric"]) if "metric" in result.table else set()
-    metrics = [metric for metric in DECOMPOSITION if metric in known]
-    if known and not metrics:
+    made_by = "measure_modality_gap"
+    table = table_of(result, "shift_decomposition", "direction", *INTERVAL_COLUMNS, made_by=made_by)
+    metrics = [metric for metric in DECOMPOSITION if metric in set(table["metric"])]
+    if not metrics:
         raise MechguardError(
             "shift_decomposition found no part of the shift along a direction; give measure_modality_gap "
             "directions=..."
         )
-    figure = modality_gap(result, metrics=metrics or None)
-    shown = result.table[result.table["metric"].isin(metrics)]
+    figure = modality_gap(result, metrics=metrics)
+    shown = table[table["metric"].isin(metrics)]
     subtitle = f"{sample(shown)}; bands: 95% intervals; grey: random directions"
     return headed(figure, TITLE, subtitle)
