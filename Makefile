@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures families test organism-check lint bench format clean calibration
+.PHONY: install demo figures defences families test organism-check lint bench format clean calibration
 
 install: $(INSTALLED)
 
@@ -30,6 +30,16 @@ figures: demo
 	cp figures/demo/results/behaviour.json figures/headline.json
 	cp figures/demo/results/sweep.csv figures/sweep.csv
 	cp figures/demo/results/sweep.json figures/sweep.json
+
+# About half an hour on two cores; both go on where they were interrupted.
+defences: install
+	$(BIN)/mechguard compare organism --limit-tests 100 --out runs/defences
+	cp runs/defences/defences.csv runs/defences/defences.json runs/defences/defences.png figures/
+	$(BIN)/mechguard sweep organism --alternatives --layers "3 4 5" --alpha 2 --condition blank \
+	    --condition image --out runs/alternatives
+	cp runs/alternatives/sweep.csv figures/alternatives.csv
+	cp runs/alternatives/sweep.json figures/alternatives.json
+	cp runs/alternatives/sweep_complete_refusal.png figures/alternatives.png
 
 families: install
 	$(BIN)/python tests/families_table.py
