@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures defences families test organism-check lint bench format clean
+.PHONY: install demo figures defences families test organism-check lint bench format clean calibration
 
 install: $(INSTALLED)
 
@@ -54,6 +54,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+calibration: install
+	$(BIN)/python tests/calibration.py --planted 100 --null 500
 
 bench: install
 	$(BIN)/python tests/bench.py --out benchmarks.json

@@ -38,6 +38,10 @@ _HOMES = {
     "measure_separability": "separability",
     "select_layers": "separability",
     "measure_modality_gap": "gap",
+    "measure_transfer": "transfer",
+    "measure_angles": "transfer",
+    "compare_outcomes": "statistics",
+    "count_prompts_needed": "statistics",
     "map_states": "maps",
     "vlm_guard": "guards",
     "projection": "guards",
@@ -59,6 +63,7 @@ _HOMES = {
     "Chain": "guards",
     "Scope": "guards",
     "measure_gates": "guards",
+    "measure_gate_curves": "guards",
     "evaluate": "evaluation",
     "diagnose": "doctor",
     "RefusalJudge": "judges",
@@ -109,6 +114,7 @@ if TYPE_CHECKING:
         goal_priority,
         inferaligner,
         mars,
+        measure_gate_curves,
         measure_gates,
         projection,
         self_reminder,
@@ -131,9 +137,11 @@ if TYPE_CHECKING:
     from mechguard.result import Result
     from mechguard.searches import search_guards
     from mechguard.separability import measure_separability, select_layers
+    from mechguard.statistics import compare_outcomes, count_prompts_needed
     from mechguard.study import run_study
     from mechguard.sweeps import choose, sweep
     from mechguard.tracing import Response, collect, generate, predict_next_tokens, respond
+    from mechguard.transfer import measure_angles, measure_transfer
 
 
 def __getattr__(name: str) -> Any:

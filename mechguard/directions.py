@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechguard.activations import Activations
@@ -213,23 +213,47 @@ def fit_directions(activations: Activations, *, method: Method = "svd", rank: in
     return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
 
 
-def held_out_projections(activations: Activations, *, seed: int = 0) -> Float[Tensor, "layer prompt"]:
-    """Projections on the states' own mean difference, fitted on the other half of the pairs.
+def cross_project(
+    fitted: Activations, tested: Activations | None = None, *, seed: int = 0
+) -> list[tuple[Int[Tensor, " half"], Float[Tensor, "layer half"]]]:
+    """Projections of each half of the prompts on the mean difference of the *other* half.
 
-    Each half is centred on the other half's midpoint and scored by the other half's direction, so that no
-    prompt is scored by a direction it took part in.
+    Args:
+        fitted: states that the two directions are fitted on, a half of the pairs each.
+        tested: states of the same prompts that are projected; the same states by default.
+
+    Returns:
+        For either half, its prompts' indices and their projections, centred on the other half's midpoint: no
+        prompt is scored by a direction it took part in, be it under another condition.
+
+    Raises:
+        MechguardError: the two hold different prompts or layers.
     """
-    first, _ = activations.prompts.split(test=0.5, seed=seed)
+    tested = fitted if tested is None else tested
+    if [p.id for p in fitted.prompts] != [p.id for p in tested.prompts] or fitted.layers != tested.layers:
+        raise MechguardError(
+            f"{fitted!r} and {tested!r} hold different prompts or layers; collect the same prompts twice"
+        )
+    first, _ = fitted.prompts.split(test=0.5, seed=seed)
     members = {prompt.id for prompt in first}
-    in_first = torch.tensor([prompt.id in members for prompt in activations.prompts])
-    is_harmful = torch.as_tensor(activations.labels == HARMFUL)
-    scores = torch.empty(activations.data.shape[:2])
-    for fitted in (in_first, ~in_first):
-        bad = activations.data[:, fitted & is_harmful].mean(1)
-        good = activations.data[:, fitted & ~is_harmful].mean(1)
+    in_first = torch.tensor([prompt.id in members for prompt in fitted.prompts])
+    is_harmful = torch.as_tensor(fitted.labels == HARMFUL)
+    halves = []
+    for half in (~in_first, in_first):
+        bad = fitted.data[:, ~half & is_harmful].mean(1)
+        good = fitted.data[:, ~half & ~is_harmful].mean(1)
         unit = torch.nn.functional.normalize(bad - good, dim=-1)
-        centred = activations.data[:, ~fitted] - ((bad + good) / 2).unsqueeze(1)
-        scores[:, ~fitted] = torch.einsum("lpd,ld->lp", centred, unit)
+        midpoint = torch.einsum("ld,ld->l", (bad + good) / 2, unit)
+        scores = torch.einsum("lpd,ld->lp", tested.data[:, half], unit) - midpoint.unsqueeze(1)
+        halves.append((half.nonzero().squeeze(1), scores))
+    return halves
+
+
+def held_out_projections(activations: Activations, *, seed: int = 0) -> Float[Tensor, "layer prompt"]:
+    """Projections on the states' own mean difference, fitted on the other half of the pairs."""
+    scores = torch.empty(activations.data.shape[:2])
+    for rows, projections in cross_project(activations, seed=seed):
+        scores[:, rows] = projections
     return scores
 
 

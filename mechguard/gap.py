@@ -1,141 +1,156 @@
 """The modality gap: how far the states of a prompt move when an image enters.
 
 X are the states of the text alone, Y those of the same prompts with an image, row by row. Every metric is a
-function of the Gram matrices X X^T, Y Y^T and X Y^T and of weights over the prompts. A bootstrap resample is
-one row of weights, so that all resamples of a metric cost a few products of small matrices.
+function of mean inner products, weighted over the prompts; a bootstrap resample is one row of weights.
+
+A mean inner product of states comes in two ways. *Together*, over all pairs of prompts, it gives the
+published formulas, and the column `value`. *Apart*, without a prompt's product with itself, it is free of
+the bias by which the former grows with d_model over n (a U-statistic); the intervals come from it, and are
+widened to hold `value` where that is off. Where d_model is far above n, trust the interval.
 
 Sources: centroid distance and cone, Liang et al., "Mind the Gap", NeurIPS 2022; RMG, Schrodi et al. 2024;
-linear CKA, Kornblith et al. 2019; the shift's safety share in the manner of ShiftDC, arXiv 2502.13095.
+linear CKA, Kornblith et al. 2019, and without bias by the HSIC of Song et al. 2012; the decomposition of
+the shift in the manner of ShiftDC, arXiv 2502.13095.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy import ndarray
 
 from mechguard.activations import Activations
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
+from mechguard.prompts import HARMFUL
 from mechguard.result import Result
-from mechguard.statistics import percentile_interval, resample_indices, wilson_interval
+from mechguard.statistics import (
+    Weights,
+    expanded_interval,
+    measure_probe,
+    percentile_interval,
+    resample_weights,
+)
 
-OBSERVED, SWAPPED = "observed", "shuffled modality"
-FOLDS = 5
+OBSERVED, SWAPPED, RANDOM = "observed", "shuffled modality", "random direction"
+ROWS = 1024  # inner products of so many prompts with all others are held at once
 TINY = 1e-12
-Gram = Float[ndarray, "n n"]
-Weights = Float[ndarray, "draws n"]  # rows that sum to one
+States = Float[ndarray, "n d_model"]
 Draws = Float[ndarray, " draws"]
+Inner = Callable[[States, States, Weights], Draws]
 
 
 @dataclass(frozen=True)
-class Grams:
-    """Inner products of the text states X and the image states Y of the same n prompts."""
+class Moved:
+    """The text states X and the image states Y of the same n prompts."""
 
-    xx: Gram
-    yy: Gram
-    xy: Gram
+    x: States
+    y: States
 
-    @classmethod
-    def of(cls, x: Float[ndarray, "n d_model"], y: Float[ndarray, "n d_model"]) -> Grams:
-        return cls(x @ x.T, y @ y.T, x @ y.T)
+    @cached_property
+    def unit_x(self) -> States:
+        return _unit(self.x)
 
-    def normalised(self) -> Grams:
-        """The same for states scaled to unit length: cosines."""
-        a = np.sqrt(np.diag(self.xx)).clip(TINY)
-        b = np.sqrt(np.diag(self.yy)).clip(TINY)
-        return Grams(self.xx / np.outer(a, a), self.yy / np.outer(b, b), self.xy / np.outer(a, b))
+    @cached_property
+    def unit_y(self) -> States:
+        return _unit(self.y)
 
-    @property
-    def shift(self) -> Gram:
-        """Inner products of the shifts h(x, image) - h(x)."""
-        return self.xx + self.yy - self.xy - self.xy.T
+    @cached_property
+    def shift(self) -> States:
+        """h(x, image) - h(x)."""
+        return self.y - self.x
 
 
-def form(gram: Gram, weights: Weights) -> Draws:
-    """w^T K w for every row of weights: the squared length (or inner product) of weighted means."""
-    return np.einsum("rn,rn->r", weights @ gram, weights)
+def together(a: States, b: States, weights: Weights) -> Draws:
+    """The inner product of two weighted means, a prompt's product with itself included."""
+    return np.einsum("rd,rd->r", weights @ a, weights @ b)
 
 
-def centroid_distance(grams: Grams, weights: Weights) -> Draws:
-    """||mu_X - mu_Y||, in units of the hidden state (or none, on unit-length states)."""
-    return np.sqrt(form(grams.shift, weights).clip(0))
+def apart(a: States, b: States, weights: Weights) -> Draws:
+    """The mean inner product over pairs of *different* prompts; weights are not negative and sum to 1."""
+    squares = weights**2
+    own = squares @ np.einsum("nd,nd->n", a, b)
+    return np.asarray((together(a, b, weights) - own) / (1 - squares.sum(1)).clip(TINY))
 
 
-def cosine_gap(grams: Grams, weights: Weights) -> Draws:
+def centroid_distance(moved: Moved, weights: Weights, inner: Inner) -> Draws:
+    """||mu_X - mu_Y||, in units of the hidden state."""
+    return np.sqrt(inner(moved.shift, moved.shift, weights).clip(0))
+
+
+def centroid_distance_normalised(moved: Moved, weights: Weights, inner: Inner) -> Draws:
+    """The same of states scaled to unit length."""
+    shift = moved.unit_y - moved.unit_x
+    return np.sqrt(inner(shift, shift, weights).clip(0))
+
+
+def cosine_gap(moved: Moved, weights: Weights, inner: Inner) -> Draws:
     """1 - cos(mu_X, mu_Y)."""
-    lengths = np.sqrt((form(grams.xx, weights) * form(grams.yy, weights)).clip(TINY))
-    return np.asarray(1 - form(grams.xy, weights) / lengths)
+    squares = inner(moved.x, moved.x, weights) * inner(moved.y, moved.y, weights)
+    return np.asarray(1 - inner(moved.x, moved.y, weights) / np.sqrt(squares.clip(TINY)))
 
 
-def cone(cosines: Gram, weights: Weights) -> Draws:
-    """Mean cosine between the states of two different prompts of one modality."""
-    same = weights**2
-    return np.asarray((form(cosines, weights) - same @ np.diag(cosines)) / (1 - same.sum(1)).clip(TINY))
+def cone_text(moved: Moved, weights: Weights, inner: Inner) -> Draws:
+    """Mean cosine between the text states of two different prompts."""
+    return apart(moved.unit_x, moved.unit_x, weights)
 
 
-def rmg(cosines: Grams, weights: Weights) -> Draws:
+def cone_image(moved: Moved, weights: Weights, inner: Inner) -> Draws:
+    """Mean cosine between the image states of two different prompts."""
+    return apart(moved.unit_y, moved.unit_y, weights)
+
+
+def rmg(moved: Moved, weights: Weights, inner: Inner) -> Draws:
     """Relative modality gap with d = 1 - (cos + 1) / 2: the mean distance of a prompt's two states
     over itself plus the mean distance within the modalities; 1/2 when both are alike."""
-    between = weights @ (1 - np.diag(cosines.xy)) / 2
-    within = (2 - cone(cosines.xx, weights) - cone(cosines.yy, weights)) / 4
+    between = weights @ (1 - np.einsum("nd,nd->n", moved.unit_x, moved.unit_y)) / 2
+    within = (2 - cone_text(moved, weights, inner) - cone_image(moved, weights, inner)) / 4
     return np.asarray(between / (between + within).clip(TINY))
 
 
-def cka(grams: Grams, weights: Weights) -> Draws:
+def cka(moved: Moved, weights: Weights, inner: Inner) -> Draws:
     """Linear CKA of the centred states, ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F); 1 when alike."""
-    alignment = _centred_product(grams.xx, grams.yy, weights)
-    own = _centred_product(grams.xx, grams.xx, weights) * _centred_product(grams.yy, grams.yy, weights)
-    return np.asarray(alignment / np.sqrt(own.clip(TINY**2)))
+    independence = _hsic_apart if inner is apart else _hsic
+    x, y = moved.x - moved.x.mean(0), moved.y - moved.y.mean(0)
+    both, own_x, own_y = independence(x, y, weights)
+    return np.asarray(both / np.sqrt((own_x * own_y).clip(TINY**2)))
 
 
-def shift_norm_ratio(grams: Grams, weights: Weights) -> Draws:
+def shift_norm_ratio(moved: Moved, weights: Weights, inner: Inner) -> Draws:
     """Mean ||h(x, image) - h(x)|| over mean ||h(x)||."""
-    shifts = weights @ np.sqrt(np.diag(grams.shift).clip(0))
-    return np.asarray(shifts / (weights @ np.sqrt(np.diag(grams.xx))).clip(TINY))
+    lengths, shifts = (np.linalg.norm(states, axis=1) for states in (moved.x, moved.shift))
+    return np.asarray(weights @ shifts / (weights @ lengths).clip(TINY))
 
 
-def shift_consistency(grams: Grams, weights: Weights) -> Draws:
+def shift_consistency(moved: Moved, weights: Weights, inner: Inner) -> Draws:
     """Mean cosine between each prompt's shift and the mean shift; 1 when all move alike."""
-    return _consistency(grams.shift, weights, weights)
+    squares = inner(moved.shift, moved.shift, weights)
+    cosines = inner(_unit(moved.shift), moved.shift, weights) / np.sqrt(squares.clip(TINY))
+    return np.where(squares > TINY, cosines, 0.0).clip(-1, 1)
 
 
-def _consistency(shift: Gram, signed: Weights, weights: Weights) -> Draws:
-    """Mean cosine with the mean of shifts that are weighted and, in `signed`, perhaps turned round."""
-    lengths = np.sqrt(np.diag(shift).clip(TINY))
-    means = np.sqrt(form(shift, signed).clip(TINY))
-    return np.asarray(np.einsum("rn,rn->r", signed @ shift, signed / lengths) / means)
-
-
-def _centred_product(a: Gram, b: Gram, weights: Weights) -> Draws:
-    """The weighted sum of products of two Gram matrices, each centred on its weighted mean."""
-    crossed = np.einsum("rn,rn,rn->r", weights, weights @ a, weights @ b)
-    return form(a * b, weights) - 2 * crossed + form(a, weights) * form(b, weights)
-
-
-METRICS: dict[str, Callable[[Grams, Grams, Weights], Draws]] = {
-    "centroid_distance": lambda raw, cosines, weights: centroid_distance(raw, weights),
-    "centroid_distance_normalised": lambda raw, cosines, weights: centroid_distance(cosines, weights),
-    "cosine_gap": lambda raw, cosines, weights: cosine_gap(raw, weights),
-    "cone_text": lambda raw, cosines, weights: cone(cosines.xx, weights),
-    "cone_image": lambda raw, cosines, weights: cone(cosines.yy, weights),
-    "rmg": lambda raw, cosines, weights: rmg(cosines, weights),
-    "cka": lambda raw, cosines, weights: cka(raw, weights),
-    "shift_norm_ratio": lambda raw, cosines, weights: shift_norm_ratio(raw, weights),
-    "shift_consistency": lambda raw, cosines, weights: shift_consistency(raw, weights),
+METRICS: dict[str, Callable[[Moved, Weights, Inner], Draws]] = {
+    metric.__name__: metric
+    for metric in (
+        centroid_distance,
+        centroid_distance_normalised,
+        cosine_gap,
+        cone_text,
+        cone_image,
+        rmg,
+        cka,
+        shift_norm_ratio,
+        shift_consistency,
+    )
 }
-# What exchanging a prompt's two states at random would leave, were there no gap: with signs s, the mean
-# shift is that of s_i (y_i - x_i).
-NULLS: dict[str, Callable[[Grams, Grams, Weights], Draws]] = {
-    "centroid_distance": lambda raw, cosines, signed: centroid_distance(raw, signed),
-    "centroid_distance_normalised": lambda raw, cosines, signed: centroid_distance(cosines, signed),
-    "shift_consistency": lambda raw, cosines, signed: _consistency(raw.shift, signed, signed),
-}
+# What exchanging a prompt's two states at random would leave, were there no gap: as many weights are
+# negative.
+NULLS = ("centroid_distance", "centroid_distance_normalised", "shift_consistency")
 
 
 def measure_modality_gap(
@@ -144,19 +159,26 @@ def measure_modality_gap(
     *,
     directions: Directions | None = None,
     nulls: bool = True,
-    resamples: int = 200,
+    resamples: int = 400,
     seed: int = 0,
     split: str = "test",
 ) -> Result:
     """The gap between the states of the same prompts without and with an image, layer by layer.
 
+    With `directions` also what the shift h(x, image) - h(x) does to safety, v_1 their first, V all of them:
+    `safety_share`, mean |shift . v_1| / ||shift||; `safety_energy`, the share of the shifts' squared length
+    inside V, and `safety_energy_of_mean`, that of the mean shift; `shift_along`, mean shift . v_1 (harmful is
+    positive), and `shift_across`, the mean length of what lies outside V, both in units of the hidden
+    state; and `shift_along_relative`, the first for harmful prompts, in units of the distance between
+    harmful and harmless texts along v_1 (left out where that is not shown to differ from 0): at -1 they lie
+    where harmless texts do.
+
     Args:
         text: states of the text alone (of the LLM, or of the VLM without a picture).
         image: states of the same prompts, in the same order, with a picture.
-        directions: if given, also `safety_share`, the mean |shift . v_1| / ||shift||, beside the same
-            share along random directions.
-        nulls: also what the distances would be if text and image were exchanged at random per prompt.
-        resamples: bootstrap resamples of prompts, and random exchanges.
+        nulls: also what the distances would be if text and image were exchanged at random per prompt, and the
+            shares of random directions.
+        resamples: bootstrap resamples of prompts (whole pairs where there are pairs), and random exchanges.
 
     Returns:
         Rows layer x metric x direction ("observed" or the null), with 95% intervals over prompts.
@@ -165,14 +187,21 @@ def measure_modality_gap(
         MechguardError: the two do not hold the same prompts at the same layers.
     """
     _check_same(text, image)
+    n = len(text.prompts)
+    clusters = [p.id if p.pair is None else p.pair for p in text.prompts]
+    if len(set(clusters)) < 2:
+        clusters = list(map(str, range(n)))
+    weights = np.concatenate(list(resample_weights(clusters, resamples, seed)))
+    weights /= weights.sum(1, keepdims=True)
     rows: list[dict[str, Any]] = []
     for layer in text.layers:
-        x, y = text.at(layer).double().numpy(), image.at(layer).double().numpy()
-        found = _layer_rows(x, y, nulls, resamples, seed)
+        moved = Moved(text.at(layer).double().numpy(), image.at(layer).double().numpy())
+        found = list(_gap_rows(moved, weights, len(set(clusters)), nulls, seed))
         if directions is not None:
-            found += _share_rows(y - x, directions.at(layer)[0].numpy(), resamples, seed)
+            basis = directions.at(layer).double().numpy()
+            is_harmful = text.labels == HARMFUL
+            found += _safety_rows(moved, basis, is_harmful, weights, len(set(clusters)), nulls, seed)
         rows += [{"layer": layer, **row} for row in found]
-    n = len(text.prompts)
     for row in rows:
         row.setdefault("n", n)
         row.update(condition=f"{text.name} -> {image.name}", split=split)
@@ -189,74 +218,150 @@ def _check_same(text: Activations, image: Activations) -> None:
         raise MechguardError(f"{text!r} and {image!r} do not hold the same layers")
 
 
-def _layer_rows(
-    x: Float[ndarray, "n d_model"],
-    y: Float[ndarray, "n d_model"],
-    nulls: bool,
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    n = len(x)
-    raw = Grams.of(x, y)
-    cosines = raw.normalised()
+def _gap_rows(
+    moved: Moved, weights: Weights, clusters: int, nulls: bool, seed: int
+) -> Iterator[dict[str, Any]]:
+    n = len(moved.x)
     once = np.full((1, n), 1 / n)
-    counts = np.stack([np.bincount(rows, minlength=n) for rows in resample_indices(n, resamples, seed)])
-    result = [
-        _row(OBSERVED, name, float(metric(raw, cosines, once)[0]), metric(raw, cosines, counts / n))
-        for name, metric in METRICS.items()
-    ]
-    result.append(_accuracy_row(x, y))
+    for name, metric in METRICS.items():
+        draws = metric(moved, weights, apart)
+        yield _row(OBSERVED, name, float(metric(moved, once, together)[0]), draws, clusters)
+    states = np.concatenate([moved.x, moved.y])
+    modality, prompt = np.repeat([0, 1], n), np.tile(np.arange(n), 2)
+    (value, low, high), shuffled = measure_probe(states, modality, prompt, seed=seed)
+    accuracy = {"direction": OBSERVED, "metric": "modality_accuracy", "value": value, "n": 2 * n}
+    yield {**accuracy, "low": low, "high": high}
     if nulls:
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, n))
-        draws = {name: null(raw, cosines, signs / n) for name, null in NULLS.items()}
-        result += [_row(SWAPPED, name, float(values.mean()), values) for name, values in draws.items()]
-    return result
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], weights.shape) / n
+        for name in NULLS:
+            yield _null_row(SWAPPED, name, METRICS[name](moved, signs, together))
+        yield {**_null_row(SWAPPED, "modality_accuracy", shuffled), "n": 2 * n}
 
 
-def _row(direction: str, metric: str, value: float, draws: Draws) -> dict[str, Any]:
-    low, high = percentile_interval(draws)
+def _safety_rows(
+    moved: Moved,
+    basis: Float[ndarray, "rank d_model"],
+    is_harmful: ndarray,
+    weights: Weights,
+    clusters: int,
+    nulls: bool,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    n = len(moved.x)
+    every = np.concatenate([np.full((1, n), 1 / n), weights])
+    for name, draws in _decomposed(moved, basis, is_harmful, every).items():
+        yield _row(OBSERVED, name, float(draws[0]), draws[1:], clusters)
+    if nulls:
+        random = np.random.default_rng(seed).normal(size=(len(weights), *basis.shape))
+        bases = np.linalg.qr(random.transpose(0, 2, 1))[0].transpose(0, 2, 1)
+        found = [_shares(moved, one, every[:1]) for one in bases]
+        for name in found[0]:
+            yield _null_row(RANDOM, name, np.array([float(shares[name][0]) for shares in found]))
+
+
+def _shares(moved: Moved, basis: Float[ndarray, "rank d_model"], weights: Weights) -> dict[str, Draws]:
+    """How much of the shift lies along a subspace."""
+    inside = moved.shift @ basis.T
+    squares = np.einsum("nd,nd->n", moved.shift, moved.shift)
+    shares = np.abs(inside[:, 0]) / np.sqrt(squares).clip(TINY)
+    of_mean = together(inside, inside, weights) / together(moved.shift, moved.shift, weights).clip(TINY)
     return {
-        "direction": direction,
-        "metric": metric,
-        "value": value,
-        "low": float(low),
-        "high": float(high),
+        "safety_share": weights @ shares,
+        "safety_energy": weights @ (inside**2).sum(1) / (weights @ squares).clip(TINY),
+        "safety_energy_of_mean": of_mean,
     }
 
 
-def _accuracy_row(x: Float[ndarray, "n d_model"], y: Float[ndarray, "n d_model"]) -> dict[str, Any]:
-    """How often a linear classifier tells the modality of a prompt it was not fitted on."""
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    n = len(x)
-    modality, prompt = np.repeat([0, 1], n), np.tile(np.arange(n), 2)
-    predicted = cross_val_predict(
-        make_pipeline(StandardScaler(), RidgeClassifier()),
-        np.concatenate([x, y]),
-        modality,
-        groups=prompt,
-        cv=GroupKFold(min(FOLDS, n)),
-    )
-    hits = int((predicted == modality).sum())
-    low, high = wilson_interval(hits, 2 * n)
-    row = {"direction": OBSERVED, "metric": "modality_accuracy", "value": hits / (2 * n)}
-    return {**row, "low": low, "high": high, "n": 2 * n}
+def _decomposed(
+    moved: Moved, basis: Float[ndarray, "rank d_model"], is_harmful: ndarray, weights: Weights
+) -> dict[str, Draws]:
+    """The shift in its safety-relevant part, along the basis, and the rest."""
+    inside = moved.shift @ basis.T
+    first = apart(inside, inside, weights) / apart(moved.shift, moved.shift, weights).clip(TINY)
+    found = _shares(moved, basis, weights)
+    found["safety_energy_of_mean"][1:] = first[1:].clip(0, 1)
+    found["shift_along"] = weights @ inside[:, 0]
+    found["shift_across"] = weights @ np.linalg.norm(moved.shift - inside @ basis, axis=1)
+    if is_harmful.any() and not is_harmful.all():
+        distance = _mean(moved.x @ basis[0], weights * is_harmful)
+        distance = distance - _mean(moved.x @ basis[0], weights * ~is_harmful)
+        along = _mean(inside[:, 0], weights * is_harmful)
+        low, high = percentile_interval(distance)
+        if low > 0 or high < 0:  # else a ratio to what may be nothing
+            found["shift_along_relative"] = along / distance
+    return found
 
 
-def _share_rows(
-    shift: Float[ndarray, "n d_model"], direction: Float[ndarray, " d_model"], resamples: int, seed: int
-) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(resamples, shift.shape[1], generator=generator).double().numpy()
-    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    lengths = np.linalg.norm(shift, axis=1).clip(1e-12)
-    shares = np.abs(shift @ direction) / lengths
-    random = (np.abs(shift @ drawn.T) / lengths[:, None]).mean(0)
-    draws = shares[resample_indices(len(shares), resamples, seed)].mean(1)
-    return [
-        _row(OBSERVED, "safety_share", float(shares.mean()), draws),
-        _row("random direction", "safety_share", float(random.mean()), random),
-    ]
+def _mean(values: Float[ndarray, " n"], weights: Weights) -> Draws:
+    return np.asarray(weights @ values / weights.sum(1).clip(TINY))
+
+
+def _hsic(x: States, y: States, weights: Weights) -> tuple[Draws, ...]:
+    """Weighted HSIC of (x, y), (x, x) and (y, y) by linear kernels, each centred on its weighted mean."""
+    found = []
+    for a, b in ((x, y), (x, x), (y, y)):
+        sums = _kernel_sums(a, b, weights, own=True)
+        found.append(sums["ij ij"] - 2 * sums["ij ik"] + sums["ij"] * sums["kl"])
+    return tuple(found)
+
+
+def _hsic_apart(x: States, y: States, weights: Weights) -> tuple[Draws, ...]:
+    """The same as means over two, three and four different prompts: Song et al. 2012, with weights."""
+    s2, s3, s4 = ((weights**power).sum(1) for power in (2, 3, 4))
+    pairs, triples = (1 - s2).clip(TINY), (1 - 3 * s2 + 2 * s3).clip(TINY)
+    fours = (1 - 6 * s2 + 8 * s3 + 3 * s2**2 - 6 * s4).clip(TINY)
+    found = []
+    for a, b in ((x, y), (x, x), (y, y)):
+        sums = _kernel_sums(a, b, weights, own=False)
+        third = sums["ij ik"] - sums["ij ijj"]
+        fourth = sums["ij"] * sums["kl"] - 4 * sums["iij ik"] + 2 * sums["iij ijj"]
+        found.append(sums["ij ij"] / pairs - 2 * third / triples + fourth / fours)
+    return tuple(found)
+
+
+def _kernel_sums(a: States, b: States, weights: Weights, *, own: bool) -> dict[str, Draws]:
+    """Weighted sums of products K_ij L_ij, K_ij L_ik, ... of the kernels K of `a` and L of `b`.
+
+    A repeated index in a name repeats its weight: "ij ijj" is the sum of w_i w_j^2 K_ij L_ij. Rows of the
+    kernels are made in blocks, so that no n x n matrix is held for many prompts.
+    """
+    squares = weights**2
+    names = ("ij ij", "ij ik", "ij ijj", "iij ik", "iij ijj", "ij", "kl")
+    sums = {name: np.zeros(len(weights)) for name in names}
+    for start in range(0, len(a), ROWS):
+        block = slice(start, min(start + ROWS, len(a)))
+        k, m = a[block] @ a.T, b[block] @ b.T
+        if not own:
+            at = np.arange(len(k))
+            k[at, start + at] = m[at, start + at] = 0.0
+        both, here, twice = k * m, weights[:, block], squares[:, block]
+        k_means, m_means = weights @ k.T, weights @ m.T
+        crossed = k_means * m_means
+        parts = (
+            here * (weights @ both.T),
+            here * crossed,
+            here * (squares @ both.T),
+            twice * crossed,
+            twice * (squares @ both.T),
+            here * k_means,
+            here * m_means,
+        )
+        for name, part in zip(names, parts, strict=True):
+            sums[name] += part.sum(1)
+    return sums
+
+
+def _unit(states: States) -> States:
+    return np.asarray(states / np.linalg.norm(states, axis=1, keepdims=True).clip(TINY))
+
+
+def _row(direction: str, metric: str, value: float, draws: Draws, clusters: int) -> dict[str, Any]:
+    low, high = expanded_interval(draws, clusters)
+    row = {"direction": direction, "metric": metric, "value": value}
+    return {**row, "low": min(float(low), value), "high": max(float(high), value)}
+
+
+def _null_row(direction: str, metric: str, draws: Draws) -> dict[str, Any]:
+    low, high = percentile_interval(draws)
+    row = {"direction": direction, "metric": metric, "value": float(draws.mean())}
+    return {**row, "low": float(low), "high": float(high)}

@@ -25,19 +25,28 @@ from mechguard import plots
 from mechguard.errors import MechguardError
 from mechguard.findings import describe_circuits
 from mechguard.plots.pages import FIGURE_CSS, draw_html
+from mechguard.plots.shifts import DECOMPOSITION
+from mechguard.plots.style import metric_name
 from mechguard.result import UNGUARDED, Result
+from mechguard.statistics import compare_outcomes
 from mechguard.storage import read_json, write_text
-from mechguard.summary import GUARDED, headline, picture_condition, summarise
+from mechguard.summary import GUARDED, Difference, headline, picture_condition, summarise
 
 CIRCUITS = (
     "attribution", "ranking", "attention", "attention_map", "lens", "patching", "patching_estimate",
     "agreement", "paths", "checks",
 )  # fmt: skip
 RESULTS = (
-    "behaviour", "separability", "modality_gap", "gates", "sweep", "states",
-    *(f"circuits_{name}" for name in CIRCUITS),
+    "behaviour", "separability", "modality_gap", "transfer", "angles", "gates", "gate_curves", "sweep",
+    "states", *(f"circuits_{name}" for name in CIRCUITS),
 )  # fmt: skip
 SAMPLES = 12
+
+
+def _draw_gap(result: Result) -> go.Figure:
+    """The gap without what its shift does to safety, which has a figure of its own."""
+    metrics = [metric for metric in result.table["metric"].unique() if metric not in DECOMPOSITION]
+    return plots.modality_gap(result, metrics=metrics)
 
 
 class Drawing(NamedTuple):
@@ -55,9 +64,13 @@ DRAWINGS = (
         Drawing(name, "separability", partial(plots.layer_sweep, metric=metric), metric)
         for name, metric in (("layer_sweep", "auroc"), ("layer_sweep_dprime", "dprime"))
     ),
-    Drawing("modality_gap", "modality_gap", plots.modality_gap),
+    Drawing("transfer", "transfer", plots.transfer_matrix, "auroc"),
+    Drawing("angles", "angles", plots.angles),
+    Drawing("modality_gap", "modality_gap", _draw_gap),
+    Drawing("shift", "modality_gap", plots.shift_decomposition, "safety_energy"),
     Drawing("state_map", "states", plots.state_map),
     Drawing("gates", "gates", plots.gates),
+    Drawing("gate_curves", "gate_curves", plots.gate_curves),
     *(
         Drawing(f"sweep_{metric}", "sweep", partial(plots.sweep_heatmap, metric=metric), metric)
         for metric in ("attack_success", "complete_refusal", "benign_compliance")
@@ -140,7 +153,7 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     """
     study = StudyFolder.read(study_dir)
     behaviour = study.reported("behaviour").table
-    separability = study.reported("separability").table if "separability" in study.results else None
+    comparisons = compare_responses(study.responses)
     environment = Environment(
         loader=PackageLoader("mechguard", "templates"),
         autoescape=True,
@@ -151,8 +164,9 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     page = environment.get_template("report.html").render(
         model=study.model,
         facts=study.facts,
-        summary=summarise(behaviour, separability),
+        summary=summarise_study(study),
         circuits=describe_circuits({name: study.results[f"circuits_{name}"] for name in study.circuits}),
+        differences=describe_differences(comparisons),
         headline=headline(behaviour),
         figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
         samples=sample_responses(study.responses),
@@ -207,6 +221,45 @@ def sample_responses(responses: pd.DataFrame, count: int = SAMPLES) -> list[dict
         }
         for guard in sorted(guards, key=lambda name: name != GUARDED)
     ]
+
+
+def summarise_study(study: StudyFolder) -> list[str]:
+    """What the study's tables show, in paragraphs."""
+    found = {name: study.reported(name).table for name in study.results}
+    return summarise(
+        found["behaviour"],
+        found.get("separability"),
+        comparisons=compare_responses(study.responses),
+        transfer=found.get("transfer"),
+        gap=found.get("modality_gap"),
+        gates=found.get("gates"),
+    )
+
+
+def compare_responses(responses: pd.DataFrame) -> pd.DataFrame | None:
+    """The paired differences of a study's responses; None where these hold no verdicts."""
+    if not {"id", "condition", "guard", "label", "complied"} <= set(responses.columns):
+        return None
+    return compare_outcomes(responses).table
+
+
+def describe_differences(comparisons: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """The paired differences as rows to print."""
+    if comparisons is None or comparisons.empty:
+        return []
+    many = comparisons["setting"].nunique() > 1
+    described = []
+    for row in comparisons.to_dict("records"):
+        change = Difference(row["value"], row["low"], row["high"], row["p_holm"])
+        name = metric_name(row["metric"].removesuffix("_change"))
+        place = f"{row['condition']}, {row['guard']}"
+        against = row["against"] if row["guard"] != UNGUARDED else f"{row['against']}, {UNGUARDED}"
+        described.append(
+            {"metric": name + (f", {row['setting']}" if many else ""), "place": place, "against": against}
+            | {"change": change.points, "shown": change.shown, "n": row["n"]}
+            | {"gained": row["gained"], "lost": row["lost"]}
+        )
+    return described
 
 
 def describe_parameters(facts: dict[str, Any]) -> list[tuple[str, str]]:

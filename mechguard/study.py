@@ -28,7 +28,7 @@ from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
 from mechguard.evaluation import evaluate
 from mechguard.gap import measure_modality_gap
-from mechguard.guards import Guard, measure_gates, projection
+from mechguard.guards import Guard, measure_gate_curves, measure_gates, projection
 from mechguard.loading import load
 from mechguard.maps import map_states
 from mechguard.models import VLM
@@ -41,6 +41,7 @@ from mechguard.separability import measure_separability, select_layers
 from mechguard.storage import read_json, versions, write_json
 from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
+from mechguard.transfer import measure_angles, measure_transfer
 
 ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
@@ -168,6 +169,36 @@ class Study:
     def gates(self) -> Result:
         return self._kept(Result, "results/gates", lambda: measure_gates(self.ssd, self.test_states()))
 
+    def gate_curves(self) -> Result:
+        def measure() -> Result:
+            return measure_gate_curves(self.ssd, self.test_states())
+
+        return self._kept(Result, "results/gate_curves", measure)
+
+    def anchor_states(self) -> list[Activations]:
+        """The anchors as the LLM sees them, and the VLM without and with a generated picture."""
+        pictures = [name for name in self.image_conditions if name != "image"][:1]
+        views = [("llm", "text"), ("vlm", "text"), *[("vlm", name) for name in pictures]]
+        return [self.states("anchors", view, condition) for view, condition in views]
+
+    def transfer(self) -> Result:
+        """Directions of the anchors under each view, tested on the test prompts under each condition."""
+
+        def measure() -> Result:
+            fitted = [fit_directions(activations, method="svd") for activations in self.anchor_states()]
+            return measure_transfer(self.test_states(), fitted, seed=self.settings.seed)
+
+        return self._kept(Result, "results/transfer", measure)
+
+    def angles(self) -> Result:
+        """Between the subspaces of the anchors' views."""
+
+        def measure() -> Result:
+            rank = min(4, max(self.ranks))
+            return measure_angles(self.anchor_states(), rank=rank, seed=self.settings.seed)
+
+        return self._kept(Result, "results/angles", measure)
+
     def map(self) -> Result:
         return self._kept(Result, "results/states", lambda: map_states(self.test_states()))
 
@@ -252,8 +283,11 @@ class Study:
             ("hidden states", self.test_states),
             ("separability", self.separability),
             ("modality gap", self.modality_gap),
+            ("transfer of directions", self.transfer),
+            ("angles of directions", self.angles),
             ("state map", self.map),
             ("gates", self.gates),
+            ("gate curves", self.gate_curves),
             ("sweep on validation", self.sweep),
             ("behaviour on test", self.behaviour),
         ]

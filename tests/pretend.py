@@ -74,8 +74,54 @@ def _separability_rows() -> Iterator[dict[str, Any]]:
                 yield {**row, "metric": "dprime", **distance, **bounds}
 
 
+def transfer() -> Result:
+    """The LLM's direction loses beside a picture what the own one keeps, from layer 2 on: it has moved."""
+    rows = []
+    for view in VIEWS:
+        for layer in LAYERS:
+            lost = 0.0 if view.endswith("text") else 0.07 * layer
+            values = {SSD: 0.97 - lost, "svd, vlm blank": 0.9, "own, held out": 0.96}
+            here = {"condition": view, "layer": layer, "split": "test"}
+            for direction, value in values.items():
+                rows.append({**here, "direction": direction, "metric": "auroc", **interval(value, 0.05)})
+                rows.append({**here, "direction": direction, "metric": "dprime", **interval(3 * value)})
+                change = {SSD: -lost}.get(direction, 0.0)
+                bounds = {"value": change, "low": change - 0.1, "high": change + 0.1, "n": 100}
+                if view != VIEWS[0]:
+                    against = {"metric": "auroc_change", "against": VIEWS[0]}
+                    rows.append({**here, "direction": direction, **against, **bounds})
+            over = values["own, held out"] - values[SSD]
+            bounds = {"value": over, "low": over - 0.1, "high": over + 0.1, "n": 100}
+            recovered = {"direction": "own, held out", "metric": "auroc_recovered", "against": SSD}
+            rows.append({**here, **recovered, **bounds})
+            shuffled = {"direction": "shuffled labels", "metric": "auroc"}
+            rows.append({**here, **shuffled, **interval(0.5, 0.1)})
+    return Result(pd.DataFrame(rows))
+
+
+def angles() -> Result:
+    pairs = [("llm text", "vlm text"), ("llm text", "vlm blank"), ("random", "random")]
+    values = {"cosine": 0.8, "principal_angle_1": 0.3, "principal_angle_2": 0.6, "subspace_energy": 0.9}
+    rows = [
+        {"direction": one, "condition": two, "layer": layer, "metric": metric, "split": "fitted"}
+        | interval(value, 0.1, n=50)
+        for one, two in pairs
+        for layer in LAYERS
+        for metric, value in values.items()
+    ]
+    return Result(pd.DataFrame(rows))
+
+
 def modality_gap() -> Result:
-    metrics = ("centroid_distance", "rmg", "cka", "safety_share")
+    metrics = (
+        "centroid_distance",
+        "rmg",
+        "cka",
+        "safety_share",
+        "safety_energy",
+        "safety_energy_of_mean",
+        "shift_along",
+    )
     rows = [
         {"condition": f"llm text -> {view}", "layer": layer, "direction": direction, "metric": metric}
         | interval(0.1 * layer * (view != "vlm text") * (direction == "observed") + 0.1)
@@ -89,8 +135,9 @@ def modality_gap() -> Result:
 
 
 def _null_of(metric: str) -> tuple[str, ...]:
-    nulls = {"centroid_distance": "shuffled modality", "safety_share": "random direction"}
-    return (nulls[metric],) if metric in nulls else ()
+    if metric.startswith("safety"):
+        return ("random direction",)
+    return ("shuffled modality",) if metric == "centroid_distance" else ()
 
 
 def gates() -> Result:
@@ -102,6 +149,27 @@ def gates() -> Result:
         for layer in LAYERS
         for gate in ("sign", "midpoint")
         for label in LABELS
+    ]
+    rows += [
+        {"condition": view, "layer": layer, "metric": "gate_auroc", "gate": "any threshold", "label": "both"}
+        | interval(0.9 + layer / 100)
+        | {"split": "test"}
+        for view in VIEWS
+        for layer in LAYERS
+    ]
+    return Result(pd.DataFrame(rows))
+
+
+def gate_curves() -> Result:
+    points = [("any threshold", rate, rate**0.3) for rate in (0.0, 0.25, 0.5, 1.0)]
+    points += [("sign", 0.0, 0.0), ("midpoint", 0.1, 0.6)]
+    rows = [
+        {"condition": view, "layer": layer, "gate": gate, "metric": "true_positive_rate", "split": "test"}
+        | {"false_positive_rate": rate}
+        | interval(value)
+        for view in VIEWS
+        for layer in LAYERS
+        for gate, rate, value in points
     ]
     return Result(pd.DataFrame(rows))
 
@@ -146,24 +214,36 @@ def sweep() -> Result:
     return Result(pd.DataFrame(rows), {"rule": "the best one"})
 
 
-def responses(count: int = 30) -> list[dict[str, Any]]:
+def responses(count: int = 100) -> list[dict[str, Any]]:
+    """As many answers as the table says: of the first prompts unguarded, of the last ones with a guard."""
     return [
         {"setting": "test", "condition": condition, "guard": guard, "id": f"{label}-{number}"}
         | {"label": label, "sent": f"{label} question {number} {SCRIPT}", "tokens": 5, "gates": {}}
-        | {"response": f"{guard} says {SCRIPT} to question {number}", "complied": guard == "none"}
+        | {"response": f"{guard} says {SCRIPT} to question {number}"}
+        | {"complied": answered(guard, place, label, number / count)}
         | {"keyword_refusal": guard != "none", "complete_refusal": guard == "vlm_guard"}
-        for condition in CONDITIONS
+        for place, condition in enumerate(CONDITIONS)
         for guard in GUARDS
         for label in LABELS
         for number in range(count)
     ]
 
 
+def answered(guard: str, place: int, label: str, rank: float) -> bool:
+    if label == "harmless":
+        return rank < (0.99 if guard == "none" else 0.96)
+    attack = ATTACKS[guard][place]
+    return rank < attack - 1e-9 if guard == "none" else rank >= 1 - attack - 1e-9
+
+
 RESULTS = {
     "behaviour": behaviour,
     "separability": separability,
     "modality_gap": modality_gap,
+    "transfer": transfer,
+    "angles": angles,
     "gates": gates,
+    "gate_curves": gate_curves,
     "sweep": sweep,
     "states": states,
 }

@@ -106,6 +106,49 @@ def test_the_gates_are_solid_for_harmful_and_dotted_for_harmless():
     assert [t.y[0] for t in traces(figure, "vlm blank, harmless")] == [0.9, 0.1]
 
 
+def test_the_transfer_matrix_has_a_panel_per_condition_and_a_row_per_direction():
+    result = pretend.transfer()
+    figure = plots.transfer_matrix(result)
+    assert panel_titles(figure) == [f"tested on {view}" for view in pretend.VIEWS]
+    cells = figure.data[2]
+    assert list(cells.y) == [pretend.SSD, "svd, vlm blank", "own, held out"]
+    rows = result.where(metric="auroc", condition="vlm blank", direction=pretend.SSD).table
+    assert list(cells.z[0]) == list(rows["value"])
+    assert cells.customdata[0][5][:2] == pytest.approx(rows[["low", "high"]].iloc[5].tolist())
+
+
+def test_the_angles_have_a_line_per_pair_of_conditions_and_the_null_as_a_band():
+    figure = plots.angles(pretend.angles())
+    assert panel_titles(figure)[:2] == ["Cosine of first directions", "Principal angle 1, degrees"]
+    assert len(traces(figure, "llm text and vlm blank")) == 4
+    assert any(trace.name == "random directions, central 95%" for trace in figure.data)
+
+
+def test_the_shift_is_drawn_in_its_parts_and_asks_for_directions_where_there_are_none():
+    figure = plots.shift_decomposition(pretend.modality_gap())
+    assert panel_titles(figure)[0] == "Shift along the direction, harmful +"
+    without = pretend.modality_gap().where(metric=["rmg", "cka"])
+    with pytest.raises(MechguardError, match="give measure_modality_gap directions"):
+        plots.shift_decomposition(without)
+
+
+def test_the_gate_curves_have_a_line_per_layer_and_a_mark_per_gate():
+    figure = plots.gate_curves(pretend.gate_curves())
+    assert panel_titles(figure) == list(pretend.VIEWS)
+    marks = [trace for trace in figure.data if trace.mode == "markers" and trace.xaxis == "x"]
+    assert {trace.marker.symbol for trace in marks} == {"x", "circle"}
+    assert len(marks) == 2 * len(pretend.LAYERS)
+    assert [trace.x[0] for trace in marks if trace.marker.symbol == "x"] == [0.0] * len(pretend.LAYERS)
+
+
+def test_the_own_direction_lies_over_its_own_shuffled_labels():
+    table = separability().table
+    own = table[table["direction"] == "shuffled labels"].assign(direction="own, shuffled labels", low=0.1)
+    figure = plots.layer_sweep(Result(pd.concat([table, own])))
+    bands = [trace for trace in figure.data if trace.name == "shuffled labels, central 95%"]
+    assert {trace.xaxis: min(trace.y) for trace in bands} == {"x": 0.4, "x2": 0.1}
+
+
 def test_behaviour_draws_every_rate_with_its_whiskers():
     result = pretend.behaviour()
     figure = plots.behaviour(result)
@@ -247,7 +290,11 @@ def every_figure() -> dict[str, go.Figure]:
     return {
         "layer_sweep": plots.layer_sweep(separability()),
         "modality_gap": plots.modality_gap(pretend.modality_gap()),
+        "shift": plots.shift_decomposition(pretend.modality_gap()),
+        "transfer": plots.transfer_matrix(pretend.transfer()),
+        "angles": plots.angles(pretend.angles()),
         "gates": plots.gates(pretend.gates()),
+        "gate_curves": plots.gate_curves(pretend.gate_curves()),
         "behaviour": plots.behaviour(pretend.behaviour()),
         "state_map": plots.state_map(pretend.states()),
         "sweep_heatmap": plots.sweep_heatmap(pretend.sweep(), metric="attack_success"),
@@ -287,6 +334,10 @@ def test_numbered_guards_share_a_colour_and_differ_in_hatching():
         (plots.layer_sweep, "measure_separability"),
         (plots.modality_gap, "measure_modality_gap"),
         (plots.gates, "measure_gates"),
+        (plots.gate_curves, "measure_gate_curves"),
+        (plots.shift_decomposition, "measure_modality_gap"),
+        (plots.transfer_matrix, "measure_transfer"),
+        (plots.angles, "measure_angles"),
         (plots.behaviour, "evaluate"),
         (plots.state_map, "map_states"),
         (lambda result: plots.sweep_heatmap(result, metric="attack_success"), "sweep"),
@@ -337,7 +388,7 @@ def test_save_makes_do_without_a_browser(tmp_path: Path, monkeypatch: pytest.Mon
 def test_importing_the_figures_and_the_report_loads_no_model_code():
     code = (
         "import sys, mechguard.plots, mechguard.report; "
-        "print([m for m in ('torch', 'transformers', 'nnsight', 'sklearn', 'scipy') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'nnsight', 'sklearn') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -13,7 +13,13 @@ import pytest
 
 import mechguard.summary as summary
 from mechguard.errors import MechguardError
-from mechguard.report import StudyFolder, sample_responses, write_figures, write_report
+from mechguard.report import (
+    StudyFolder,
+    sample_responses,
+    summarise_study,
+    write_figures,
+    write_report,
+)
 from mechguard.result import Result
 from mechguard.storage import write_json, write_text
 from mechguard.summary import headline, summarise
@@ -52,9 +58,7 @@ def page(study: Path) -> Page:
 
 
 def summary_of(folder: Path) -> list[str]:
-    study = StudyFolder.read(folder)
-    separability = study.reported("separability").table if "separability" in study.results else None
-    return summarise(study.reported("behaviour").table, separability)
+    return summarise_study(StudyFolder.read(folder))
 
 
 def changed(folder: Path, **results: pd.DataFrame) -> Path:
@@ -83,9 +87,13 @@ def test_the_report_shows_every_figure_and_holds_plotly_once(page: Page):
         "figure-behaviour",
         "figure-layer-sweep",
         "figure-layer-sweep-dprime",
+        "figure-transfer",
+        "figure-angles",
         "figure-modality-gap",
+        "figure-shift",
         "figure-state-map",
         "figure-gates",
+        "figure-gate-curves",
         "figure-sweep-attack-success",
         "figure-sweep-benign-compliance",
     ]
@@ -106,7 +114,8 @@ def test_scripts_in_prompts_responses_and_names_show_as_text(page: Page):
 def test_the_summary_gives_the_loss_with_intervals_and_n(page: Page):
     assert (
         "Harmful prompts are answered 8% (95% interval 0 to 16%, n = 100) of the time as text alone, and "
-        "52% (95% interval 44 to 60%, n = 100) beside a blank image: a change of +44 points, intervals apart."
+        "52% (95% interval 44 to 60%, n = 100) beside a blank image: a change of +44 points (95% "
+        "interval +33.1 to +53.1, corrected p < 0.001)."
     ) in page.text
 
 
@@ -114,25 +123,83 @@ def test_the_summary_sets_the_guard_beside_its_random_controls(page: Page):
     assert "Beside a blank image with vlm_guard they are answered 7%" in page.text
     assert "They are refused completely 83.7% (95% interval 75.7 to 91.7%, n = 100) with it" in page.text
     assert "With 2 random subspaces in place of the fitted one: 50% (" in page.text
-    assert "their intervals are apart from the guard's" in page.text
+    assert "each answers more than the guard does" in page.text
     assert "Harmless prompts beside a blank image are answered 96%" in page.text
 
 
-def test_the_summary_names_the_layers_where_the_ssd_loses_its_grip(page: Page):
-    assert "differs from that of text at layers 2-5, intervals apart" in page.text
-    assert "largest at layer 5, 0.970 in text and 0.620 beside the picture" in page.text
-    assert "Along the states' own direction, held out, it is 0.960 there" in page.text
+def test_the_summary_says_that_a_direction_has_moved(page: Page):
+    assert "the AUROC falls from 0.970 in text to 0.620 beside a blank image at layer 5" in page.text
+    assert (
+        "a change of -0.350 (95% interval -0.450 to -0.250) of the same prompts, for all layers" in page.text
+    )
+    assert "shuffled labels give 0.400 to 0.600. A fall is shown at layers 2-5." in page.text
+    assert "At layers 2-5 the distinction has moved" in page.text
 
 
-def test_overlapping_intervals_are_not_called_a_difference(tmp_path: Path):
+def test_a_collapse_is_told_from_a_move(tmp_path: Path):
+    table = pretend.transfer().table
+    own = table["direction"] == "own, held out"
+    beside = ~table["condition"].str.endswith("text")
+    changes = own & beside & (table["metric"] == "auroc_change")
+    table.loc[changes, ["value", "low", "high"]] = -0.3, -0.4, -0.2
+    table.loc[table["metric"] == "auroc_recovered", ["value", "low", "high"]] = 0.0, -0.1, 0.1
+    judged = summary.judge_layers(table)
+    assert set(judged[judged["condition"] == "vlm blank"]["verdict"]) == {"kept", "weakened"}
+    table.loc[own & beside & (table["metric"] == "auroc"), "low"] = 0.4
+    judged = summary.judge_layers(table)
+    assert set(judged[judged["condition"] == "vlm blank"]["verdict"]) == {"kept", "collapsed"}
+    text = " ".join(summarise(pretend.behaviour().table, transfer=table))
+    assert "At layers 2-5 the distinction has collapsed" in text
+    table.loc[changes, "high"] = 0.1
+    text = " ".join(summarise(pretend.behaviour().table, transfer=table))
+    assert "At layers 2-5 whether it moved or collapsed is not shown" in text
+
+
+def test_a_fall_that_is_not_shown_is_said_not_to_be():
+    table = pretend.transfer().table
+    table.loc[table["metric"] == "auroc_change", "high"] = 0.5
+    text = " ".join(summarise(pretend.behaviour().table, transfer=table))
+    assert "a fall of the AUROC beside a blank image is not shown at any layer" in text
+    assert "which holds zero" in text
+
+
+def test_the_summary_says_how_much_of_the_shift_concerns_safety(page: Page):
+    assert "the safety subspace holds 60% (95% interval 52 to 68%, n = 100) at layer 5" in page.text
+    assert "a random subspace of equal rank holds 2 to 18%" in page.text
+    assert "Along the first direction it points towards harmful (+0.60" in page.text
+
+
+def test_the_summary_sets_the_two_gates_side_by_side(page: Page):
+    assert "best at layer 5 (llm text: AUROC 0.950" in page.text
+    assert "the uncentred gate opens for 95%" in page.text
+
+
+def test_the_paired_differences_are_a_table(page: Page):
+    assert re.search(r"Paired differences, \d+ tests", page.text)
+    assert "Attack success blank, none text, none +44 points" in page.text
+
+
+def test_without_a_transfer_the_layers_are_compared_unpaired(tmp_path: Path):
+    folder = pretend.write_study(tmp_path, leave_out=("transfer", "responses", "modality_gap", "gates"))
+    loss, _, _, layers = summary_of(folder)
+    assert "a change of +44 points (95% interval +32.7 to +55.3)." in loss  # sqrt(8^2 + 8^2) = 11.3
+    assert "differs from that of text at layers 2-5, layer by layer" in layers
+    assert "largest at layer 5, 0.970 in text and 0.620 beside the picture" in layers
+    assert "Along the states' own direction, held out, it is 0.960 there" in layers
+
+
+def test_what_crosses_zero_is_not_called_a_difference(tmp_path: Path):
     behaviour, separability = pretend.behaviour().table, pretend.separability().table
     for table in (behaviour, separability):
         table["low"], table["high"] = 0.0, 1.0
     folder = changed(tmp_path, behaviour=behaviour, separability=separability)
+    for lost in ("transfer", "modality_gap", "gates"):
+        (folder / "results" / f"{lost}.csv").unlink()
+    (folder / "responses.jsonl").unlink()
     loss, guard, benign, layers = summary_of(folder)
     assert loss.endswith(f"{summary.NOT_SHOWN}.")
-    assert f"against the unguarded model, {summary.NOT_SHOWN}" in guard
-    assert "of 2 of 2 overlap the guard's, so a part of the fitted direction in this is not shown" in guard
+    assert guard.count(summary.NOT_SHOWN) == 2
+    assert "for 2 of 2 more answers than with the guard are not shown" in guard
     assert benign.endswith(f"{summary.NOT_SHOWN}.")
     assert "is not shown to differ from that of text at any layer" in layers
 
@@ -202,7 +269,18 @@ def test_a_choice_that_cost_benign_compliance_is_marked(study: Path, tmp_path: P
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path):
-    missing = ("separability", "modality_gap", "gates", "sweep", "states", "responses", "study")
+    missing = (
+        "separability",
+        "modality_gap",
+        "transfer",
+        "angles",
+        "gates",
+        "gate_curves",
+        "sweep",
+        "states",
+        "responses",
+        "study",
+    )
     folder = pretend.write_study(tmp_path, leave_out=missing)
     found = Page(write_report(folder).read_text())
     headings = {attrs.get("id") for tag, attrs in found.tags if tag == "section"}

@@ -34,12 +34,13 @@ def study(llava_folder, data, tmp_path_factory) -> Path:
 
 
 def test_a_checkpoint_folder_goes_from_model_to_report(study):
-    for name in ("separability", "modality_gap", "gates", "behaviour", "sweep", "states"):
+    measured = ("separability", "modality_gap", "transfer", "angles", "gates", "gate_curves")
+    for name in (*measured, "behaviour", "sweep", "states"):
         assert (study / "results" / f"{name}.csv").is_file()
         assert json.loads((study / "results" / f"{name}.json").read_text())["fingerprint"]
     assert (study / "directions" / "ssd.safetensors").is_file()
     assert (study / "guards" / "vlm_guard.safetensors").is_file()
-    assert len(list((study / "activations").glob("*.safetensors"))) == 6
+    assert len(list((study / "activations").glob("*.safetensors"))) == 8
     assert list((study / "figures").glob("*.html"))
     assert (study / "report.html").stat().st_size > 1000
 

@@ -24,7 +24,7 @@ from mechguard.circuits.patching import Question, alike, effect_rows
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
-from mechguard.judges import RefusalJudge, find_judge
+from mechguard.judges import AnyJudge, Exchange, find_judge
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import Result
@@ -153,7 +153,7 @@ class Check:
         *,
         k: int,
         sets: int = 3,
-        judge: str | RefusalJudge = "refusal",
+        judge: AnyJudge = "refusal",
         tokens: int = 32,
     ) -> Result:
         """The refusals in whole answers to text, with the top k parts at their mean, and with random ones.
@@ -172,7 +172,9 @@ class Check:
         rows = []
         for choice, parts in chosen.items():
             answers = self._answers(text, parts, edits, tokens)
-            count = sum(verdict(answer).keyword_refusal for answer in answers)
+            pairs = zip(text, answers, strict=True)
+            said = verdict.judge([Exchange(p.text, answer, p.label) for p, answer in pairs])
+            count = sum(bool(found.keyword_refusal) for found in said)
             low, high = wilson_interval(count, len(answers))
             rows.append({"check": "ablate", "condition": "text", "k": k, "choice": choice,
                          "metric": "keyword_refusal", "value": count / len(answers), "low": low, "high": high,

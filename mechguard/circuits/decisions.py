@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechguard.errors import MechguardError
-from mechguard.judges import RefusalJudge, find_judge
+from mechguard.judges import AnyJudge, Exchange, find_judge
 from mechguard.models import VLM
 from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.tracing import AnyPrompts, respond
@@ -57,7 +57,7 @@ def find_decision(
     model: VLM,
     prompts: AnyPrompts,
     *,
-    judge: str | RefusalJudge = "refusal",
+    judge: AnyJudge = "refusal",
     max_new_tokens: int = 32,
     samples: int = 2,
     seed: int = 0,
@@ -70,7 +70,7 @@ def find_decision(
 
     Args:
         prompts: some that it refuses and some that it answers; not those that are reported on.
-        judge: "refusal" (the model's own judge, or keywords), "keywords", or a RefusalJudge.
+        judge: see `find_judge`; one that goes by phrases, such as "refusal".
         samples: so many answers are sampled beside the greedy one, to see more beginnings.
 
     Raises:
@@ -83,12 +83,16 @@ def find_decision(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         more = [respond(model, sent, do_sample=True, **options) for _ in range(samples)]
-    judged = [(verdict(answer.text), answer.ids) for answers in (greedy, *more) for answer in answers]
-    refused = [ids for said, ids in judged if said.keyword_refusal]
-    complied = [ids for said, ids in judged if said.complied and not said.keyword_refusal]
-    first = [said for said, _ in judged[: len(greedy)]]
-    refuses = torch.tensor([said.keyword_refusal for said in first])
-    answers = torch.tensor([said.complied and not said.keyword_refusal for said in first])
+    asked = [
+        (prompt, answer) for answers in (greedy, *more) for prompt, answer in zip(sent, answers, strict=True)
+    ]
+    said = verdict.judge([Exchange(prompt.text, answer.text, prompt.label) for prompt, answer in asked])
+    judged = [(found, answer.ids) for found, (_, answer) in zip(said, asked, strict=True)]
+    refused = [ids for found, ids in judged if found.keyword_refusal]
+    complied = [ids for found, ids in judged if found.complied and not found.keyword_refusal]
+    first = said[: len(greedy)]
+    refuses = torch.tensor([bool(found.keyword_refusal) for found in first])
+    answers = torch.tensor([bool(found.complied) and not found.keyword_refusal for found in first])
     if not refuses.any() or not answers.any():
         raise MechguardError(
             f"{model.name} refuses {int(refuses.sum())} and answers {int(answers.sum())} of {len(first)} "

@@ -20,7 +20,7 @@ from mechguard.guards.methods import (
 )
 from mechguard.guards.moves import Add, Multiply, Realign, Restore
 from mechguard.guards.prompting import goal_priority, self_reminder
-from mechguard.guards.report import measure_gates
+from mechguard.guards.report import measure_gate_curves, measure_gates
 
 __all__ = [
     "Add",
@@ -45,6 +45,7 @@ __all__ = [
     "goal_priority",
     "inferaligner",
     "mars",
+    "measure_gate_curves",
     "measure_gates",
     "projection",
     "self_reminder",

@@ -13,18 +13,23 @@ from mechguard.plots.circuits import (
     patching,
 )
 from mechguard.plots.defences import defences
+from mechguard.plots.gate_curves import gate_curves
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
 from mechguard.plots.pages import save
 from mechguard.plots.rates import behaviour
+from mechguard.plots.shifts import shift_decomposition
 from mechguard.plots.state_maps import state_map
+from mechguard.plots.transfers import angles, transfer_matrix
 
 __all__ = [
+    "angles",
     "attention_map",
     "attribution_waterfall",
     "behaviour",
     "component_checks",
     "defences",
+    "gate_curves",
     "gates",
     "head_heatmap",
     "layer_sweep",
@@ -32,6 +37,8 @@ __all__ = [
     "modality_gap",
     "patching",
     "save",
+    "shift_decomposition",
     "state_map",
     "sweep_heatmap",
+    "transfer_matrix",
 ]

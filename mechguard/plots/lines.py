@@ -26,12 +26,13 @@ from mechguard.plots.style import (
 )
 from mechguard.result import Result
 
-OWN = "own, held out"
+OWN, SHUFFLED, OWN_SHUFFLED = "own, held out", "shuffled labels", "own, shuffled labels"
 # null -> (how the legend calls it, its grey)
 NULLS = {
     "random": ("random directions, central 95%", "rgba(128, 128, 128, 0.20)"),
     "random direction": ("random directions, central 95%", "rgba(128, 128, 128, 0.20)"),
-    "shuffled labels": ("shuffled labels, central 95%", "rgba(128, 128, 128, 0.36)"),
+    SHUFFLED: ("shuffled labels, central 95%", "rgba(128, 128, 128, 0.36)"),
+    OWN_SHUFFLED: ("shuffled labels, central 95%", "rgba(128, 128, 128, 0.36)"),
     "shuffled modality": ("shuffled modality, central 95%", "rgba(128, 128, 128, 0.36)"),
 }
 DIRECTION_TITLES = {
@@ -90,7 +91,7 @@ def layer_sweep(result: Result, *, metric: str = "auroc") -> go.Figure:
     entries: set[str] = set()
     for column, direction in enumerate(directions, 1):
         panel = Panel(figure, 1, column, entries)
-        _draw_nulls(panel, nulls)
+        _draw_nulls(panel, _nulls_of(nulls, direction))
         dash = DASHES[(column - 1) % len(DASHES)]
         _draw_conditions(panel, lines[lines["direction"] == direction], metric_name(metric), dash)
     _mark_layers(figure, rows["layer"], panels=len(titles), columns=len(titles))
@@ -164,6 +165,14 @@ def gates(result: Result) -> go.Figure:
     figure.update_yaxes(title_text="share of prompts", col=1)
     subtitle = f"{sample(table)} per line; bands: 95% intervals"
     return headed(figure, "How often the gate opens, by layer", subtitle)
+
+
+def _nulls_of(nulls: pd.DataFrame, direction: str) -> pd.DataFrame:
+    """The own direction is fitted anew when labels are shuffled, and has a null of its own."""
+    foreign = OWN_SHUFFLED
+    if direction == OWN and (nulls["direction"] == OWN_SHUFFLED).any():
+        foreign = SHUFFLED
+    return nulls[nulls["direction"] != foreign]
 
 
 def _looks(conditions: pd.Series) -> dict[str, Look]:

@@ -70,6 +70,21 @@ METRIC_NAMES = {
     "shift_consistency": "Shift, consistency",
     "modality_accuracy": "Modality, probe accuracy",
     "safety_share": "Safety share of the shift",
+    "safety_energy": "Shift's energy in the safety subspace",
+    "safety_energy_of_mean": "Mean shift's energy in it",
+    "shift_along": "Shift along the direction, harmful +",
+    "shift_across": "Shift outside the subspace",
+    "shift_along_relative": "Harmful prompts' shift, text distances",
+    "fisher": "Fisher's criterion",
+    "overlap": "Overlap of the groups",
+    "silhouette": "Silhouette",
+    "probe_accuracy": "Linear probe, accuracy",
+    "auroc_change": "Change in AUROC",
+    "auroc_recovered": "AUROC, own over first direction",
+    "cosine": "Cosine of first directions",
+    "subspace_energy": "Energy in the subspace",
+    "gate_auroc": "AUROC of the gate's score",
+    "gate_differs": "Gates differ",
 }
 
 
