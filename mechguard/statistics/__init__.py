@@ -31,7 +31,7 @@ from mechguard.statistics.measures import (
     fisher,
     overlap,
 )
-from mechguard.statistics.nulls import permutation_p, permuted_measure, swapped_labels
+from mechguard.statistics.nulls import permuted_measure, swapped_labels
 from mechguard.statistics.power import count_prompts_needed
 from mechguard.statistics.states import measure_probe, measure_silhouette, probe_hits
 
@@ -59,7 +59,6 @@ __all__ = [
     "overlap",
     "paired_difference",
     "percentile_interval",
-    "permutation_p",
     "permuted_measure",
     "probe_hits",
     "resample_indices",

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from mechguard.statistics.measures import Measure, Scores, Values, Weights
+from mechguard.statistics.measures import Measure, Scores, Weights
 
 
 def swapped_labels(positive: int, negative: int, *, paired: bool, permutations: int, seed: int) -> Weights:
@@ -38,9 +38,3 @@ def permuted_measure(
     )
     both = np.concatenate([positive, negative], axis=-1)
     return measure(both, both, (called, 1 - called))
-
-
-def permutation_p(value: Values, null: Float[ndarray, "*rows permutations"], centre: float) -> Values:
-    """The two-sided p of a value: how often the null lies as far from its centre, the value counted in."""
-    further = np.abs(null - centre) >= np.abs(np.asarray(value)[..., None] - centre) - 1e-12
-    return (1 + further.sum(-1)) / (1 + null.shape[-1])
