@@ -39,6 +39,8 @@ _HOMES = {
     "select_layers": "separability",
     "measure_modality_gap": "gap",
     "map_states": "maps",
+    "project_states": "projections",
+    "project_tokens": "projections",
     "vlm_guard": "guards",
     "projection": "guards",
     "Guard": "guards",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
     from mechguard.maps import map_states
     from mechguard.models import VLM
     from mechguard.overlaps import find_overlaps
+    from mechguard.projections import project_states, project_tokens
     from mechguard.prompts import Prompt, Prompts
     from mechguard.report import write_report
     from mechguard.result import Result

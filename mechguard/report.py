@@ -155,7 +155,7 @@ def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> li
     written = []
     for name, figure in study.figures():
         page = study.folder / "figures" / name
-        written += plots.save(figure, page, include_plotlyjs="directory", png=png)
+        written += plots.save(figure, page, include_plotlyjs="directory", pictures=png)
     return written
 
 

@@ -16,13 +16,14 @@ import mechguard as mg
 PACKAGE = Path(mg.__file__).parent
 # From the ground up: a room imports only from rows above it (and from within itself).
 ROWS = [
-    {"errors"},
+    {"errors", "thumbnails", "cards"},
     {"storage"},
     {"result", "prompts", "families", "interventions", "statistics", "caching"},
     {"overlaps"},
     {"datasets", "activations", "organism", "judges", "plots", "chat", "checkpoints", "processors"},
     {"models", "directions", "summary"},
     {"separability", "gap", "maps", "loading", "positions"},
+    {"projections"},
     {"guards"},
     {"tracing"},
     {"evaluation", "report", "doctor"},

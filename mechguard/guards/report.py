@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from mechguard.activations import Activations
 from mechguard.directions import Directions
+from mechguard.projections import gate_thresholds
 from mechguard.result import Result
 from mechguard.statistics import wilson_interval
 
@@ -24,19 +24,11 @@ def measure_gates(directions: Directions, states: Sequence[Activations], *, spli
     rows = []
     for activations in states:
         scores = directions.project(activations)
-        for gate, thresholds in _thresholds(directions, activations.layers).items():
+        for gate, thresholds in gate_thresholds(directions, activations.layers).items():
             opened = scores > thresholds.unsqueeze(1)
             rows += _firing_rows(opened, activations, gate, split)
     about = states[0].about if states else {}
     return Result.from_rows(rows, **{**about, "directions": directions.name})
-
-
-def _thresholds(directions: Directions, layers: list[int]) -> dict[str, Float[Tensor, " layer"]]:
-    gates = {"sign": torch.zeros(len(layers))}
-    if directions.midpoints is not None:
-        rows = [directions.layers.index(layer) for layer in layers]
-        gates["midpoint"] = (directions.midpoints[rows] * directions.data[rows, 0]).sum(-1)
-    return gates
 
 
 def _firing_rows(
