@@ -238,6 +238,14 @@ FACTS: dict[str, Any] = {
         "gate": "midpoint",
     },
     "prompts": {"anchors": 200, "validation": 80, "malicious": 100, "benign": 100},
+    "sources": {
+        "anchors": {
+            "what": "pairs by hand",
+            "source": "a journal",
+            "licence": "MIT",
+            "citation": "<b>Doe 2024</b>",
+        }
+    },
     "settings": {"rank": 1, "limit": None},
     "seconds": 93.2,
     "versions": {"python": "3.11", "torch": "2.13.0"},
