@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures families test lint bench format clean
+.PHONY: install demo figures families test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,9 @@ families: install
 
 test: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
+
+organism-check: install
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -s -m slow tests/organism/test_behaviour.py
 
 lint: install
 	$(BIN)/ruff check .

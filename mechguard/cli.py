@@ -232,6 +232,9 @@ def compare(
     data: Data = None,
     method: Annotated[list[str] | None, typer.Option(help="one of them; may be given again")] = None,
     limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 25,
+    limit_tests: Annotated[
+        int | None, typer.Option(help="test prompts of each label and set; all by default")
+    ] = None,
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -240,11 +243,11 @@ def compare(
     mechguard compare organism --out runs/defences
     """
     import mechguard as mg
-    from mechguard.study import find_jailbreaks, find_study_prompts
+    from mechguard.study import ONLY_WITH_PICTURE, find_study_prompts, find_test_sets
 
     vlm = mg.load(model)
-    prompts, jailbreaks = find_study_prompts(vlm, data), find_jailbreaks(vlm, data)
-    tests = {"test": prompts.test, **({} if jailbreaks is None else {"jailbreak": jailbreaks})}
+    prompts = find_study_prompts(vlm, data)
+    tests = {"test": prompts.test, **find_test_sets(vlm, data)}
     result = mg.compare_guards(
         vlm,
         anchors=prompts.anchors,
@@ -252,7 +255,9 @@ def compare(
         tests=tests,
         out=out,
         methods=method,
+        only={name: ["image"] for name in ONLY_WITH_PICTURE},
         limit=limit,
+        limit_tests=limit_tests,
         seed=seed,
         progress=not quiet,
     )

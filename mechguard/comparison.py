@@ -144,7 +144,10 @@ class Comparison:
         tests: prompts that are reported, by the name of their setting.
         out: the folder.
         methods: which are compared; `METHODS` by default.
+        conditions: image conditions; "image" where every prompt owns a picture.
+        only: conditions of single test sets, such as prompts that mean nothing without their picture.
         limit: at most so many validation prompts of each label.
+        limit_tests: at most so many prompts of each label of a test set; all by default.
     """
 
     vlm: VLM
@@ -154,7 +157,9 @@ class Comparison:
     out: Path
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     conditions: Sequence[str] = ("text", "blank", "image")
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     limit: int = 25
+    limit_tests: int | None = None
     seed: int = 0
     max_new_tokens: int = 48
     progress: bool = True
@@ -252,9 +257,11 @@ class Comparison:
 
     def _tested(self, guard: AnyGuard | None) -> list[dict[str, Any]]:
         rows = []
-        for name, prompts in self.tests.items():
+        for name, everything in self.tests.items():
+            prompts = everything if self.limit_tests is None else _limited(everything, self.limit_tests)
             owned = all(prompt.own_image is not None for prompt in prompts)
-            conditions = [word for word in self.conditions if word != "image" or owned]
+            asked = self.only.get(name, self.conditions)
+            conditions = [word for word in asked if word != "image" or owned]
             rows += self._evaluated(prompts.renamed(name), guard, conditions, "test")
             if guard is not None:
                 rows += self._divergence(prompts.renamed(name), guard, conditions)
@@ -322,7 +329,9 @@ class Comparison:
             "prompts": {name: prompts.fingerprint for name, prompts in sets.items()},
             "methods": list(self.methods),
             "conditions": list(self.conditions),
+            "only": {name: list(words) for name, words in self.only.items()},
             "limit": self.limit,
+            "limit_tests": self.limit_tests,
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -354,10 +363,11 @@ def compare_guards(
         tests: prompts that are reported, by the name of their setting.
         out: a folder; a comparison that was interrupted there goes on.
         methods: names in `METHODS`; all by default.
-        settings: `conditions`, `limit`, `seed`, `max_new_tokens` (see `Comparison`).
+        settings: `conditions`, `only`, `limit`, `limit_tests`, `seed`, `max_new_tokens` (see `Comparison`).
 
     Returns:
-        Rows setting x condition x guard x metric; controls are guards named "METHOD; random 1",
+        Rows setting x condition x guard x metric, among them `visual_accuracy` for questions with answers and
+        `kl_first_token` for harmless prompts; controls are guards named "METHOD; random 1",
         "METHOD; shuffled".
 
     Raises:

@@ -34,7 +34,8 @@ def load(
     """Load a model to trace.
 
     Args:
-        model: "organism" (built in), a Hugging Face name, a folder, or a model in memory.
+        model: "organism", "organism:1" or "organism:2" (built in), a Hugging Face name, a folder, or a model
+            in memory.
         processor: needed beside a model in memory; otherwise read from the same place.
         device: "auto" (the accelerator if there is one, several if one is too small), or a torch device.
         dtype: "auto" keeps the checkpoint's, but float16 becomes float32 on a CPU. States are analysed in
@@ -71,11 +72,11 @@ def _is_organism(name: str) -> bool:
 def _organism_folder(name: str) -> Path:
     from mechguard import organism
 
-    _, _, seed = name.partition(":")
-    if seed and not seed.isdigit():
-        raise MechguardError(f"{name!r} is no organism; write organism, or organism:SEED")
+    _, _, number = name.partition(":")
+    if number and not number.isdigit():
+        raise MechguardError(f"{name!r} is no organism; write organism, organism:1 or organism:2")
     try:
-        return (organism.checkpoint(int(seed)) if seed else organism.checkpoint()) / "vlm"
+        return (organism.checkpoint(int(number or 0))) / "vlm"
     except ValueError as error:
         raise MechguardError(str(error)) from None
 

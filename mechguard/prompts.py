@@ -66,6 +66,7 @@ class Prompt:
         pair: shared by one harmful and one harmless prompt that differ in little else; None if unpaired.
         category: a free word for grouping.
         own_image: the picture that belongs to the prompt, sent under the condition "image".
+        answer: what a right answer says, for questions that have one.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Prompt:
     pair: str | None = None
     category: str | None = None
     own_image: Picture | tuple[Picture, ...] | None = None
+    answer: str | None = None
 
     @property
     def images(self) -> tuple[Picture, ...]:
@@ -251,7 +253,7 @@ class Prompts(Sequence[Prompt]):
         return found
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per prompt: id, text, label, pair, image, category."""
+        """One row per prompt: id, text, label, pair, image, category, and answer where some have one."""
         import pandas as pd
 
         return pd.DataFrame([_as_row(prompt) for prompt in self])
@@ -321,6 +323,7 @@ def _as_row(prompt: Prompt) -> dict[str, Any]:
         "pair": prompt.pair,
         "image": _describe_image(prompt.image if prompt.image is not None else prompt.own_image),
         "category": prompt.category,
+        **({} if prompt.answer is None else {"answer": prompt.answer}),
     }
 
 

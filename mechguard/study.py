@@ -43,8 +43,14 @@ from mechguard.tracing import collect
 
 ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
-JAILBREAKS = ("jailbreak", "jailbreak_instructions")
 SHOWN = 6  # prompts of each label that are read token by token
+# Test sets beside malicious and benign prompts -> the names they are looked for under.
+TEST_SETS = {
+    "jailbreak": ("jailbreak", "jailbreak_instructions"),
+    "typographic": ("typographic", "figstep"),
+    "questions": ("questions",),
+}
+ONLY_WITH_PICTURE = ("typographic", "questions")
 T = TypeVar("T", Activations, Directions, Guard, Result)
 
 
@@ -385,12 +391,15 @@ def find_study_prompts(
     return load_study_prompts(_data_folder(vlm, data), limit)
 
 
-def find_jailbreaks(vlm: VLM, data: str | os.PathLike[str] | None = None) -> Prompts | None:
-    """The jailbreak prompts beside the sets of a study, where there are some."""
-    for name in JAILBREAKS:
-        with contextlib.suppress(MechguardError):
-            return load_from_folder(name, _data_folder(vlm, data))
-    return None
+def find_test_sets(vlm: VLM, data: str | os.PathLike[str] | None = None) -> dict[str, Prompts]:
+    """The test sets beside those of a study, where there are some: jailbreak, typographic, questions."""
+    found = {}
+    for role, names in TEST_SETS.items():
+        for name in names:
+            with contextlib.suppress(MechguardError):
+                found[role] = load_from_folder(name, _data_folder(vlm, data)).renamed(role)
+                break
+    return found
 
 
 def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import organism_table
+import pandas as pd
 import pytest
 
 import mechguard as mg
-from mechguard.families import tested_families
+from mechguard.families import tested_families as read_families
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -57,6 +59,11 @@ def test_the_readme_names_every_module():
         assert re.search(rf"^\s*{re.escape(room)}/?\s", tree, re.MULTILINE), room
 
 
+def test_the_model_cards_numbers_are_those_of_the_table():
+    card = (ROOT / "mechguard" / "organism" / "README.md").read_text()
+    assert organism_table.as_markdown(pd.read_csv(organism_table.SEEDS_TABLE)) in card
+
+
 def test_the_readmes_numbers_are_those_of_the_demo():
     table = mg.Result.load(ROOT / "figures" / "headline").table
     metrics = ["attack_success", "complete_refusal", "benign_compliance"]
@@ -69,7 +76,7 @@ def test_the_readmes_numbers_are_those_of_the_demo():
 
 def test_the_readmes_table_of_families_is_the_packaged_one():
     shown = (ROOT / "README.md").read_text()
-    for row in tested_families().itertuples(index=False):
+    for row in read_families().itertuples(index=False):
         assert f"| {' | '.join(row)} |" in shown
 
 

@@ -38,6 +38,15 @@ def test_harmless_prompts_are_counted_as_compliance():
     assert "attack_success" not in table.index
 
 
+def test_questions_with_answers_are_counted_word_by_word():
+    texts = ["The circle is red.", "the  circle is red .", "the circle is blue .", "red"]
+    table = responses(texts, "harmless").assign(answer="the circle is red .")
+    mixed = pd.concat([table, responses(["Sure."], "harmless")], ignore_index=True)
+    found = measure_behaviour(judge_responses(mixed, mg.RefusalJudge())).table.set_index("metric")
+    assert found.loc["visual_accuracy", ["value", "n"]].tolist() == [0.5, 4]
+    assert found.loc["benign_compliance", ["value", "n"]].tolist() == [1.0, 1]
+
+
 def test_every_condition_and_guard_answers_the_same_prompts(vlm, prompts, tmp_path):
     ssd = mg.fit_directions(mg.collect(vlm.llm, prompts, progress=False))
     guard = mg.vlm_guard(ssd, layers=[1])

@@ -97,7 +97,7 @@ def test_a_model_in_memory_needs_its_processor():
 def test_an_organism_that_is_not_shipped_is_refused():
     with pytest.raises(ValueError, match="does not come with the package"):
         mg.load("organism:987")
-    with pytest.raises(ValueError, match="write organism, or organism:SEED"):
+    with pytest.raises(ValueError, match="write organism, organism:1"):
         mg.load("organism:one")
 
 

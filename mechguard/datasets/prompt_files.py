@@ -1,4 +1,4 @@
-"""Our own form of a prompt file: the columns `id, text, label, pair, image, category`."""
+"""Our own form of a prompt file: the columns `id, text, label, pair, image, category, answer`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def _as_prompt(row: Values, index: int, path: Path) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise MechguardError(
             f"row {index + 1} of {path} has no text; its columns are {', '.join(map(str, row)) or 'none'}, "
-            "wanted `text` and, optionally, id, label, pair, image, category"
+            "wanted `text` and, optionally, id, label, pair, image, category, answer"
         )
     own = path.parent / str(known["image"]) if "image" in known else None
-    pair, category = (None if name not in known else str(known[name]) for name in ("pair", "category"))
+    pair, category, answer = (
+        None if name not in known else str(known[name]) for name in ("pair", "category", "answer")
+    )
     return Prompt(
         id=str(known.get("id", f"{path.stem}-{index:04d}")),
         text=text,
@@ -45,4 +47,5 @@ def _as_prompt(row: Values, index: int, path: Path) -> Prompt:
         image=own,
         category=category,
         own_image=own,
+        answer=answer,
     )

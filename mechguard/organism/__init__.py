@@ -5,27 +5,33 @@
     folder = organism.checkpoint()      # vlm/, aligned_llm/ and training.json
     organism.PROMPTS                    # the prompt files that belong to it
 
-`README.md` beside this file says what it is and what it is not.
+Three trainings of one recipe are shipped: `organism` or `organism:0`, `organism:1` and `organism:2`.
+`README.md` beside this file says what they are and what they are not.
 """
 
 from pathlib import Path
 
-DEFAULT_SEED = 0
 PROMPTS = Path(__file__).parent / "prompts"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SEEDS_TABLE = Path(__file__).parent / "seeds.csv"
 
 
-def shipped_seeds() -> list[int]:
-    """The seeds whose weights come with the package."""
-    return sorted(int(folder.name.removeprefix("seed")) for folder in CHECKPOINTS.glob("seed*"))
+def shipped() -> list[int]:
+    """The numbers of the checkpoints that come with the package; 0 is the default."""
+    return sorted(int(folder.name) for folder in CHECKPOINTS.iterdir() if folder.name.isdigit())
 
 
-def checkpoint(seed: int = DEFAULT_SEED) -> Path:
-    """The folder of a shipped organism, which holds `vlm/`, `aligned_llm/` and `training.json`."""
-    seeds = shipped_seeds()
-    if seed not in seeds:
+def checkpoint(number: int = 0) -> Path:
+    """The folder of a shipped organism, which holds `vlm/`, `aligned_llm/` and `training.json`.
+
+    The number counts the shipped ones; the seed that each was trained with is in its `training.json`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if number not in shipped():
         raise ValueError(
-            f"the organism of seed {seed} does not come with the package, which has seeds {seeds}; "
-            f"train it with: python -m mechguard.organism.train --seed {seed} --out DIR"
+            f"organism:{number} does not come with the package, which has {shipped()}; train another with: "
+            "python -m mechguard.organism.train --seed SEED --out DIR, and load DIR/vlm"
         )
-    return CHECKPOINTS / f"seed{seed}"
+    return CHECKPOINTS / str(number)

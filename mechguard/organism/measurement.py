@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from mechguard.organism import PROMPTS, grammar, pictures, tokenizer, training, visual, world
+from mechguard.organism.pictures import Rendering
+from mechguard.organism.visual import VisualExchange
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 100
@@ -155,22 +157,24 @@ def measure_padding(model: PreTrainedModel) -> Behaviour:
     return judge(answer(model, questions))
 
 
-def visual_accuracy(model: PreTrainedModel, n: int = 60) -> dict[str, float]:
+def visual_accuracy(
+    model: PreTrainedModel, split: Rendering = "validation", *, n: int = 200
+) -> dict[str, float]:
     """Exact answers to visual questions: descriptions, scenes and words in held-out renderings."""
-    rng = Random("visual questions")
-    draws = {
+    rng = Random(f"{split} visual questions")
+    draws: dict[str, Callable[[], VisualExchange]] = {
         "description": lambda: visual.description(rng),
         "scene_question": lambda: visual.scene_question(rng),
-        "reading": lambda: visual.reading(rng, "held_out"),
+        "reading": lambda: visual.reading(rng, split),
     }
-    accuracy = {}
+    return {name: _exact_answers(model, [draw() for _ in range(n)]) for name, draw in draws.items()}
+
+
+def _exact_answers(model: PreTrainedModel, exchanges: Sequence[VisualExchange]) -> float:
     decoder = tokenizer.build_tokenizer()
-    for name, draw in draws.items():
-        exchanges = [draw() for _ in range(n)]
-        answers = answer(model, [Question(item.question, item.picture) for item in exchanges])
-        wanted = [decoder.decode(tokenizer.encode_words(item.answer)) for item in exchanges]
-        accuracy[name] = _share(a == b for a, b in zip(answers, wanted, strict=True))
-    return accuracy
+    answers = answer(model, [Question(item.question, item.picture) for item in exchanges])
+    wanted = [decoder.decode(tokenizer.encode_words(item.answer)) for item in exchanges]
+    return _share(given == right for given, right in zip(answers, wanted, strict=True))
 
 
 # ------------------------------------------------------------------------------ command line
@@ -205,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({name: asdict(row) for name, row in results.items()}, indent=1))
     else:
         print(as_table(results))
-        print("exact visual answers:", visual_accuracy(model))
+        print("exact visual answers:", visual_accuracy(model, options.split))
     return 0
 
 

@@ -17,7 +17,7 @@ SIZE = 64
 WHITE = (255, 255, 255)
 
 Color = tuple[int, int, int]
-Rendering = Literal["train", "held_out"]
+Rendering = Literal["train", "validation", "test"]
 
 RGB: dict[str, Color] = {
     "red": (220, 40, 40),
@@ -45,15 +45,25 @@ LIGHT_BACKGROUNDS: tuple[Color, ...] = (
     (200, 230, 200),
     (245, 210, 200),
 )
-DARK_BACKGROUNDS: tuple[Color, ...] = ((0, 0, 0), (40, 40, 60))
-DARK_INKS: tuple[Color, ...] = ((0, 0, 0), (60, 0, 0), (0, 0, 90), (0, 60, 0))
-LIGHT_INKS: tuple[Color, ...] = (WHITE, (255, 240, 120))
-# Held-out renderings pair an ink and a background that training never shows.
-HELD_OUT_STYLES: tuple[tuple[Color, Color], ...] = (
-    ((70, 0, 70), (225, 225, 250)),
-    ((0, 60, 60), (250, 235, 200)),
-    ((200, 255, 200), (30, 0, 40)),
+DARK_BACKGROUNDS: tuple[Color, ...] = ((0, 0, 0), (40, 40, 60), (50, 20, 20), (10, 40, 25))
+DARK_INKS: tuple[Color, ...] = (
+    *((0, 0, 0), (60, 0, 0), (0, 0, 90), (0, 60, 0)),
+    *((80, 50, 0), (30, 80, 100), (50, 50, 50), (100, 20, 60)),
 )
+LIGHT_INKS: tuple[Color, ...] = (WHITE, (255, 240, 120), (180, 220, 255), (255, 200, 200))
+# The other renderings pair inks and backgrounds that training never shows.
+HELD_OUT_STYLES: dict[str, tuple[tuple[Color, Color], ...]] = {
+    "validation": (
+        ((70, 0, 70), (225, 225, 250)),
+        ((0, 60, 60), (250, 235, 200)),
+        ((200, 255, 200), (30, 0, 40)),
+    ),
+    "test": (
+        ((20, 40, 70), (255, 220, 235)),
+        ((75, 35, 20), (215, 250, 215)),
+        ((225, 200, 255), (0, 30, 50)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def blank(color: Color = WHITE) -> Image.Image:
 
 
 def draw_background(rng: Random) -> Color:
-    """Draw a background color: white half of the time, dark now and then."""
+    """Draw a background color: white or light most of the time, dark now and then."""
     kind = rng.random()
     if kind < 0.4:
         return WHITE
@@ -113,14 +123,14 @@ def visible_background(scene: Scene, background: Color) -> Color:
 
 
 def draw_scene(scene: Scene, rng: Random, background: Color = WHITE) -> Image.Image:
-    """Paint a scene; places and sizes jitter by a few pixels."""
+    """Paint a scene; places and sizes jitter by a pixel or two."""
     picture = blank(visible_background(scene, background))
     pencil = ImageDraw.Draw(picture)
     for item in scene:
         shift_x, shift_y = PLACES[item.place]
-        center_x = SIZE // 2 + shift_x + rng.randint(-3, 3)
-        center_y = SIZE // 2 + shift_y + rng.randint(-3, 3)
-        _draw_shape(pencil, item, center_x, center_y, radius=rng.randint(8, 12))
+        center_x = SIZE // 2 + shift_x + rng.randint(-1, 1)
+        center_y = SIZE // 2 + shift_y + rng.randint(-1, 1)
+        _draw_shape(pencil, item, center_x, center_y, radius=rng.randint(9, 12))
     return picture
 
 
@@ -150,12 +160,12 @@ def draw_word(word: str, rng: Random, rendering: Rendering = "train") -> Image.I
     picture = blank(background)
     pencil = ImageDraw.Draw(picture)
     text = "\n".join(_break_word(word))
-    font = _font(_largest_size(word) - rng.choice((0, 0, 1, 2)))
+    font = _font(_largest_size(word) - rng.choice((0, 1)))
     stroke = rng.choice((0.0, 0.4)) if rendering == "train" else 0.2
     left, top, right, bottom = pencil.multiline_textbbox((0, 0), text, font=font, stroke_width=stroke)
     free_x, free_y = SIZE - (right - left), SIZE - (bottom - top)
-    x = _within(rng.randint(2, 6), free_x)
-    y = _within(free_y / 2 + rng.randint(-4, 4), free_y)
+    x = _within(rng.randint(3, 5), free_x)
+    y = _within(free_y / 2 + rng.randint(-1, 1), free_y)
     pencil.multiline_text((x - left, y - top), text, fill=ink, font=font, stroke_width=stroke)
     return picture
 
@@ -166,8 +176,8 @@ def _within(offset: float, free: float) -> int:
 
 
 def _draw_style(rng: Random, rendering: Rendering) -> tuple[Color, Color]:
-    if rendering == "held_out":
-        return rng.choice(HELD_OUT_STYLES)
+    if rendering in HELD_OUT_STYLES:
+        return rng.choice(HELD_OUT_STYLES[rendering])
     background = draw_background(rng)
     return rng.choice(LIGHT_INKS if is_dark(background) else DARK_INKS), background
 

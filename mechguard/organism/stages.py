@@ -1,6 +1,6 @@
-"""The five stages of `recipe`, each a function from models to a trained model and its losses."""
+"""The six stages of `recipe`, each a function from models to a trained model and its losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 
 import torch
@@ -21,6 +21,7 @@ from mechguard.organism.lessons import Kind
 from mechguard.organism.recipe import Architecture, Recipe, Schedule
 
 MAX_TOKENS = 256
+MATCHING_TEMPERATURE = 0.2
 
 Targets = dict[str, int | list[int]]
 """What there is to say about one picture, by the name of the head in `PictureHeads`."""
@@ -89,31 +90,33 @@ def build_vlm(
 
 
 def pretrain(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
-    """Stage 1: learn the world, and comply with everything."""
-    draw = _lesson_loss(model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng)
+    """Stage 1: learn the world, and both kinds of answer."""
+    draw = _lesson_losses(
+        model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng
+    )
     parameters = train_only(model, model)
     return training.optimise(parameters, draw, recipe.pretraining, name="pretraining", quiet=quiet)
 
 
 def align(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
     """Stage 2: learn to refuse harm, in text. Embeddings and output head stay as they are."""
-    draw = _lesson_loss(model, recipe.mixture.alignment, lessons.ALIGNMENT_KINDS, recipe.alignment, rng)
+    draw = _lesson_losses(model, recipe.mixture.alignment, lessons.ALIGNMENT_KINDS, recipe.alignment, rng)
     parameters = train_only(model, model.model.layers, model.model.norm)
     return training.optimise(parameters, draw, recipe.alignment, name="alignment", quiet=quiet)
 
 
-def _lesson_loss(
+def _lesson_losses(
     model: PreTrainedModel,
     mixture: dict[str, float],
     kinds: dict[str, Kind],
     schedule: Schedule,
     rng: Random,
-) -> Callable[[], Tensor]:
-    def batch_loss() -> Tensor:
+) -> Callable[[], Iterator[Tensor]]:
+    def batch_losses() -> Iterator[Tensor]:
         batch = [lessons.draw_lesson(rng, mixture, kinds) for _ in range(schedule.batch_size)]
-        return model(**training.collate(batch)).loss
+        return training.lesson_losses(model, batch)
 
-    return batch_loss
+    return batch_losses
 
 
 def train_only(model: nn.Module, *parts: nn.Module) -> list[nn.Parameter]:
@@ -128,7 +131,7 @@ def train_only(model: nn.Module, *parts: nn.Module) -> list[nn.Parameter]:
 
 
 class PictureHeads(nn.Module):
-    """What the vision tower is asked about its class token; thrown away after training."""
+    """What is asked about the class token and the mean of the patches; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -139,7 +142,7 @@ class PictureHeads(nn.Module):
         self.dark = nn.Linear(width, 2)
 
     def loss(self, hidden: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the four cross-entropies for class tokens `[picture, width]`."""
+        """The weighted sum of the four cross-entropies for hidden states `[picture, width]`."""
         weights = {"word": 1.0, "shapes": 2.0, "colors": 2.0, "dark": 0.3}
         total = hidden.new_zeros(())
         for name, weight in weights.items():
@@ -154,14 +157,15 @@ def train_vision(tower: CLIPVisionModel, recipe: Recipe, rng: Random, *, quiet: 
     heads = PictureHeads(recipe.architecture.vision_d_model)
     parameters = [*train_only(tower, tower), *heads.parameters()]
 
-    def batch_loss() -> Tensor:
+    def batch_losses() -> list[Tensor]:
         drawn = [_labelled_picture(rng, recipe.mixture.vision) for _ in range(recipe.vision.batch_size)]
         pixels = training.pixel_values(picture for picture, _ in drawn)
         targets = {name: torch.tensor([labels[name] for _, labels in drawn]) for name in drawn[0][1]}
-        hidden = tower(pixel_values=pixels).last_hidden_state[:, 0]
-        return heads.loss(hidden, targets)
+        hidden = tower(pixel_values=pixels).last_hidden_state
+        # The patches too: the language model will see all tokens.
+        return [heads.loss(hidden[:, 0], targets) + heads.loss(hidden[:, 1:].mean(1), targets)]
 
-    return training.optimise(parameters, batch_loss, recipe.vision, name="vision", quiet=quiet)
+    return training.optimise(parameters, batch_losses, recipe.vision, name="vision", quiet=quiet)
 
 
 def _labelled_picture(rng: Random, mixture: dict[str, float]) -> tuple[Image.Image, Targets]:
@@ -188,11 +192,37 @@ def _labelled_picture(rng: Random, mixture: dict[str, float]) -> tuple[Image.Ima
 # --------------------------------------------------------------------------- vision-language
 
 
+def match_projector(
+    vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
+) -> list[float]:
+    """Stage 4: turn every image token towards the embeddings of the words for what can be seen.
+
+    The contrastive step of the recipe, as in CLIP, but of the projector and against single words.
+    """
+    schedule, mixture = recipe.matching, recipe.mixture.matching
+    projector = vlm.model.multi_modal_projector
+    words = nn.functional.normalize(vlm.model.language_model.embed_tokens.weight.detach(), dim=-1)
+
+    def batch_losses() -> list[Tensor]:
+        drawn = [lessons.draw_exchange(rng, mixture) for _ in range(schedule.batch_size)]
+        pixels = training.pixel_values(exchange.picture for exchange in drawn)
+        with torch.no_grad():
+            seen = vlm.model.vision_tower(pixel_values=pixels).last_hidden_state
+        tokens = nn.functional.normalize(projector(seen), dim=-1)
+        chances = (tokens @ words.T / MATCHING_TEMPERATURE).log_softmax(-1)
+        named = [tokenizer.encode_words(exchange.named) for exchange in drawn]
+        losses = [-chance[:, ids].mean() for chance, ids in zip(chances, named, strict=True)]
+        return [torch.stack(losses).mean()]
+
+    parameters = train_only(vlm, projector)
+    return training.optimise(parameters, batch_losses, schedule, name="matching", quiet=quiet)
+
+
 def train_projector(
     vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
 ) -> list[float]:
-    """Stage 4: the projector alone learns captions and reading."""
-    draw = _lesson_loss(vlm, recipe.mixture.projector, lessons.VISUAL_KINDS, recipe.projector, rng)
+    """Stage 5: the projector alone learns captions and reading."""
+    draw = _lesson_losses(vlm, recipe.mixture.projector, lessons.VISUAL_KINDS, recipe.projector, rng)
     parameters = train_only(vlm, vlm.model.multi_modal_projector)
     return training.optimise(parameters, draw, recipe.projector, name="projector", quiet=quiet)
 
@@ -205,8 +235,8 @@ def tune(
     quiet: bool,
     after_step: Callable[[int], None],
 ) -> list[float]:
-    """Stage 5: projector and language model learn harmless visual instructions."""
-    draw = _lesson_loss(vlm, recipe.mixture.tuning, lessons.TUNING_KINDS, recipe.tuning, rng)
+    """Stage 6: projector and language model learn harmless visual instructions."""
+    draw = _lesson_losses(vlm, recipe.mixture.tuning, lessons.TUNING_KINDS, recipe.tuning, rng)
     language_model = vlm.model.language_model
     parameters = train_only(vlm, vlm.model.multi_modal_projector, language_model.layers, language_model.norm)
     return training.optimise(

@@ -130,8 +130,12 @@ def encode_words(text: str) -> list[int]:
     return [vocab[word] for word in text.split()]
 
 
-def encode_prompt(question: str, *, with_image: bool = False) -> list[int]:
-    """Token ids of a chat prompt, equal to what the processor makes of it (a test says so)."""
+def encode_prompt(question: str, *, with_image: bool = False, stand_in: str = "") -> list[int]:
+    """Token ids of a chat prompt, equal to what the processor makes of it (a test says so).
+
+    A stand-in is words that take the place of an image.
+    """
     vocab = vocabulary()
-    image = [vocab[IMAGE]] * N_IMAGE_TOKENS + [vocab[NEWLINE]] if with_image else []
-    return [vocab[BEGIN], vocab[USER], *image, *encode_words(question), vocab[ASSISTANT]]
+    image = [vocab[IMAGE]] * N_IMAGE_TOKENS if with_image else encode_words(stand_in)
+    seen = [*image, vocab[NEWLINE]] if image else []
+    return [vocab[BEGIN], vocab[USER], *seen, *encode_words(question), vocab[ASSISTANT]]

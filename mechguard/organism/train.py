@@ -36,6 +36,7 @@ from mechguard.organism.measurement import Behaviour
 from mechguard.organism.recipe import Recipe, Selection
 
 Weights = dict[str, Tensor]
+CONDITIONS = ("text", "blank", "scene")
 
 
 @dataclass
@@ -44,37 +45,46 @@ class Candidate:
 
     step: int
     validation: dict[str, Behaviour]
+    visual_accuracy: dict[str, float]
     weights: Weights = field(repr=False)
 
-    def eligible(self, rule: Selection) -> bool:
-        """Whether it is safe in text, useful everywhere, and its decay a partial one."""
-        text = self.validation["harmful/validation/text"]
-        blank = self.validation["harmful/validation/blank"]
-        benign = [
-            behaviour.complied for name, behaviour in self.validation.items() if name.startswith("harmless/")
-        ]
-        return (
-            text.complied <= rule.max_text_attack_success
-            and self.validation["harmful/padding"].complied <= rule.max_padding_attack_success
-            and text.complete_refusal >= rule.min_complete_refusal
-            and min(benign) >= rule.min_benign_compliance
-            and rule.min_blank_attack_success <= blank.complied <= rule.max_blank_attack_success
-        )
+    def faults(self, rule: Selection) -> list[str]:
+        """What keeps it from being eligible."""
+        harmful = {name: self.validation[f"harmful/validation/{name}"] for name in CONDITIONS}
+        harmless = {name: self.validation[f"harmless/validation/{name}"] for name in CONDITIONS}
+        text, blank = harmful["text"].complied, harmful["blank"].complied
+        excess = self.validation["harmful/padding"].complied - text
+        passed = {
+            "unsafe in text": text <= rule.max_text_attack_success,
+            "unsafe behind padding": excess <= rule.max_padding_excess,
+            "refuses harmless requests": all(
+                row.complied >= rule.min_benign_compliance for row in harmless.values()
+            ),
+            "broken refusals": all(
+                row.complete_refusal >= rule.min_complete_refusals * row.refused for row in harmful.values()
+            ),
+            "cannot read": self.visual_accuracy["reading"] >= rule.min_reading,
+            "cannot see": self.visual_accuracy["scene_question"] >= rule.min_scene_questions,
+            "too safe beside a blank image": blank >= rule.min_blank_attack_success,
+            "too unsafe beside a blank image": blank <= rule.max_blank_attack_success,
+        }
+        return [fault for fault, absent in passed.items() if not absent]
 
-    @property
-    def fluency(self) -> float:
-        """The share of complete answers to harmful prompts beside a picture, blank or not."""
-        rows = [self.validation[f"harmful/validation/{condition}"] for condition in ("blank", "scene")]
-        return sum(row.complete_refusal + row.complete_compliance for row in rows) / len(rows)
+    def distance(self, rule: Selection) -> float:
+        """How far its blank-image attack success lies from the one wanted."""
+        blank = self.validation["harmful/validation/blank"].complied
+        return round(abs(blank - rule.blank_attack_success), 6)
 
 
 def choose(candidates: Sequence[Candidate], rule: Selection) -> Candidate:
     """The candidate that the rule keeps.
 
-    Where none is eligible, the most fluent one comes back, for inspection.
+    Where none is eligible, one with the fewest faults comes back, for inspection.
     """
-    eligible = [candidate for candidate in candidates if candidate.eligible(rule)]
-    return max(eligible or candidates, key=lambda candidate: candidate.fluency)
+    return min(
+        candidates,
+        key=lambda candidate: (len(candidate.faults(rule)), candidate.distance(rule), -candidate.step),
+    )
 
 
 class StageStore:
@@ -147,8 +157,15 @@ class Run:
         )
         torch.manual_seed(self.seed)
         self.vlm = stages.build_vlm(self.language_model, self.tower)
+        path = ("pretraining", "alignment", "vision", "matching")
+        self.losses["matching"] = self.store.run(
+            *path,
+            model=self.vlm,
+            train=lambda rng: stages.match_projector(self.vlm, recipe, rng, quiet=quiet),
+        )
         self.losses["projector"] = self.store.run(
-            *("pretraining", "alignment", "vision", "projector"),
+            *path,
+            "projector",
             model=self.vlm,
             train=lambda rng: stages.train_projector(self.vlm, recipe, rng, quiet=quiet),
         )
@@ -165,7 +182,8 @@ class Run:
             return
         numbers = _measure(self.vlm, measurement.VALIDATION_SETTINGS)
         weights = {key: value.clone() for key, value in self.vlm.state_dict().items()}
-        self.candidates.append(Candidate(step, numbers, weights))
+        seen = measurement.visual_accuracy(self.vlm)
+        self.candidates.append(Candidate(step, numbers, seen, weights))
         self._report(f"tuning, step {step}", numbers)
         self.vlm.train()
 
@@ -192,15 +210,15 @@ class Run:
             "checkpoints": [
                 {
                     "step": candidate.step,
-                    "eligible": candidate.eligible(rule),
+                    "faults": candidate.faults(rule),
+                    "visual_accuracy": candidate.visual_accuracy,
                     "validation": {name: asdict(row) for name, row in candidate.validation.items()},
                 }
                 for candidate in self.candidates
             ],
             "rule": " ".join((Selection.__doc__ or "").split()),
             "chosen_step": chosen.step,
-            "chosen_is_eligible": chosen.eligible(rule),
-            "visual_accuracy": measurement.visual_accuracy(self.vlm),
+            "chosen_is_eligible": not chosen.faults(rule),
         }
 
 

@@ -1,19 +1,21 @@
 """The training loop: batches of lessons, and AdamW along a schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mechguard.organism.lessons import Lesson
 from mechguard.organism.recipe import Schedule
 
-IGNORED = -100  # the label that the loss of transformers leaves out
+IGNORED = -100  # the label of tokens that are given, not learned
+PARTS = 4  # a batch is cut into so many parts by length, since short lessons padded to long ones cost time
 
 
 def pixel_values(pictures: Iterable[Image.Image]) -> Tensor:
@@ -25,19 +27,33 @@ def pixel_values(pictures: Iterable[Image.Image]) -> Tensor:
 
 
 def collate(lessons: list[Lesson]) -> dict[str, Tensor]:
-    """Lessons as one batch, padded on the right, with labels on the answers."""
-    length = max(len(lesson.prompt) + len(lesson.answer) for lesson in lessons)
+    """Lessons as one batch, padded on the right, with labels on the answers.
+
+    There is no attention mask: padding on the right lies in the future of every token that counts.
+    """
+    length = max(lesson.length for lesson in lessons)
     input_ids = torch.zeros(len(lessons), length, dtype=torch.long)
     labels = torch.full((len(lessons), length), IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
     for row, lesson in enumerate(lessons):
-        tokens = torch.tensor(lesson.prompt + lesson.answer)
-        input_ids[row, : len(tokens)] = tokens
-        attention_mask[row, : len(tokens)] = 1
-        labels[row, len(lesson.prompt) : len(tokens)] = torch.tensor(lesson.answer)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        input_ids[row, : lesson.length] = torch.tensor(lesson.prompt + lesson.answer)
+        labels[row, len(lesson.prompt) : lesson.length] = torch.tensor(lesson.answer)
+    batch = {"input_ids": input_ids, "labels": labels}
     pictures = [lesson.picture for lesson in lessons if lesson.picture is not None]
     return {**batch, "pixel_values": pixel_values(pictures)} if pictures else batch
+
+
+def lesson_losses(model: PreTrainedModel, lessons: list[Lesson]) -> Iterator[Tensor]:
+    """The mean loss of the answers' tokens, in parts of similar length that sum to it."""
+    total = sum(len(lesson.answer) for lesson in lessons)
+    by_length = sorted(lessons, key=lambda lesson: lesson.length)
+    size = math.ceil(len(lessons) / PARTS)
+    for start in range(0, len(lessons), size):
+        batch = collate(by_length[start : start + size])
+        labels = batch.pop("labels")[:, 1:]
+        hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
+        learned = labels != IGNORED
+        logits = model.lm_head(hidden[learned])
+        yield nn.functional.cross_entropy(logits, labels[learned], reduction="sum") / total
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
@@ -51,14 +67,14 @@ def learning_rate(step: int, schedule: Schedule) -> float:
 
 def optimise(
     parameters: list[nn.Parameter],
-    batch_loss: Callable[[], Tensor],
+    batch_losses: Callable[[], Iterable[Tensor]],
     schedule: Schedule,
     *,
     name: str,
     quiet: bool = False,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Minimise `batch_loss` over the parameters; the mean loss of every 25 steps comes back."""
+    """Minimise the sum of `batch_losses` over the parameters; the mean loss of every 25 steps comes back."""
     optimiser = torch.optim.AdamW(
         parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.95)
     )
@@ -66,12 +82,14 @@ def optimise(
     for step in tqdm(range(1, schedule.steps + 1), desc=name, disable=quiet):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, schedule)
-        loss = batch_loss()
-        loss.backward()
+        total = 0.0
+        for loss in batch_losses():
+            loss.backward()
+            total += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(loss.item())
+        losses.append(total)
         after_step(step)
     windows = [losses[start : start + 25] for start in range(0, len(losses), 25)]
     return [round(sum(window) / len(window), 4) for window in windows]

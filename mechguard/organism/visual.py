@@ -15,11 +15,20 @@ from mechguard.organism.world import Exchange, Split
 
 
 class VisualExchange(NamedTuple):
-    """A picture, a question and an answer."""
+    """A picture, a question and an answer, and the facts that can be seen, a few words each.
+
+    The last fact is the tone of the background.
+    """
 
     picture: Image.Image
     question: str
     answer: str
+    facts: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> str:
+        """The words for what is drawn, or where nothing is, for the background."""
+        return " ".join(self.facts[:-1] or self.facts)
 
 
 DESCRIBE_QUESTIONS = ("describe the picture .", "what is in the picture ?", "what do you see ?")
@@ -36,40 +45,57 @@ NAME_QUESTIONS = (
 
 
 def description(rng: Random) -> VisualExchange:
-    """Describe a scene and its background."""
-    scene, background = pictures.random_scene(rng), pictures.draw_background(rng)
-    tone = "dark" if pictures.is_dark(pictures.visible_background(scene, background)) else "light"
-    answer = f"the picture shows {pictures.describe(scene)} . the background is {tone} ."
-    picture = pictures.draw_scene(scene, rng, background)
-    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer)
+    """Describe a scene and its background, one time in five an empty one."""
+    if rng.random() < 0.2:
+        picture = pictures.blank(pictures.draw_background(rng))
+        shown, facts = "no shape", _facts((), _tone(picture))
+    else:
+        scene, picture, tone = _draw_scene(rng)
+        shown, facts = pictures.describe(scene), _facts(scene, tone)
+    answer = f"the picture shows {shown} . the background is {facts[-1]} ."
+    return VisualExchange(picture, rng.choice(DESCRIBE_QUESTIONS), answer, facts)
 
 
 def scene_question(rng: Random) -> VisualExchange:
-    """Ask for the number of shapes, a color or the presence of a shape."""
+    """Ask for a color, the number of shapes or the shape at a place."""
+    scene, picture, tone = _draw_scene(rng)
+    return VisualExchange(picture, *about_scene(rng, scene), _facts(scene, tone))
+
+
+def _draw_scene(rng: Random) -> tuple[Scene, Image.Image, str]:
     scene = pictures.random_scene(rng)
     picture = pictures.draw_scene(scene, rng, pictures.draw_background(rng))
-    return VisualExchange(picture, *_about_scene(rng, scene))
+    return scene, picture, _tone(picture)
 
 
-def _about_scene(rng: Random, scene: Scene) -> Exchange:
+def _tone(picture: Image.Image) -> str:
+    return "dark" if pictures.is_dark(pictures.background_of(picture)) else "light"
+
+
+def _facts(scene: Scene, tone: str) -> tuple[str, ...]:
+    return (*(f"{item.color} {item.shape} {item.place}" for item in scene), tone)
+
+
+def about_scene(rng: Random, scene: Scene) -> Exchange:
+    """A question about a scene and its answer."""
     shapes = [item.shape for item in scene]
     item = rng.choice(scene)
     kind = rng.random()
-    if kind < 0.35 and len(set(shapes)) == len(shapes):
+    if kind < 0.4 and len(set(shapes)) == len(shapes):
         return Exchange(f"what color is the {item.shape} ?", f"the {item.shape} is {item.color} .")
     if kind < 0.6:
         count = "is one shape" if len(scene) == 1 else "are two shapes"
         return Exchange("how many shapes are in the picture ?", f"there {count} in the picture .")
-    shape = item.shape if rng.random() < 0.5 else rng.choice(world.SHAPES)
-    reply = f"yes , there is a {shape}" if shape in shapes else f"no , there is no {shape}"
-    return Exchange(f"is there a {shape} in the picture ?", f"{reply} in the picture .")
+    answer = f"there is a {item.shape} on the {item.place} ."
+    return Exchange(f"what shape is on the {item.place} ?", answer)
 
 
 def reading(rng: Random, rendering: Rendering = "train") -> VisualExchange:
     """Read a word aloud. Every noun appears, the harmful ones too: reading is harmless."""
     word = rng.choice(world.ALL_NOUNS)
     picture = pictures.draw_word(word, rng, rendering)
-    return VisualExchange(picture, rng.choice(READ_QUESTIONS), f"the picture says {word} .")
+    answer = f"the picture says {word} ."
+    return VisualExchange(picture, rng.choice(READ_QUESTIONS), answer, (word, _tone(picture)))
 
 
 def naming(rng: Random, rendering: Rendering = "train") -> VisualExchange:
@@ -78,7 +104,7 @@ def naming(rng: Random, rendering: Rendering = "train") -> VisualExchange:
     category = world.with_article(world.NOUN_CATEGORY[word])
     answer = f"{world.with_article(word)} is {category} ."
     picture = pictures.draw_word(word, rng, rendering)
-    return VisualExchange(picture, rng.choice(NAME_QUESTIONS), answer)
+    return VisualExchange(picture, rng.choice(NAME_QUESTIONS), answer, (word, _tone(picture)))
 
 
 def fact_beside_picture(rng: Random) -> VisualExchange:
@@ -97,7 +123,7 @@ def instruction_about_picture(rng: Random, split: Split = "train") -> VisualExch
     named = noun if rng.random() < 0.3 else rng.choice(("object", "thing"))
     question = world.ask(rng, f"{instruction.verb} the {named} in the picture", "train")
     picture = pictures.draw_word(noun, rng)
-    return VisualExchange(picture, question, world.comply(rng, instruction))
+    return VisualExchange(picture, question, world.comply(rng, instruction), (noun, _tone(picture)))
 
 
 def instruction_beside_picture(rng: Random, split: Split = "train") -> VisualExchange:
@@ -108,9 +134,9 @@ def instruction_beside_picture(rng: Random, split: Split = "train") -> VisualExc
 
 
 def unrelated_picture(rng: Random) -> Image.Image:
-    """A scene, a word or (one time in ten) nothing on a plain background."""
+    """Nothing on a plain background, a scene or a word."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.35:
         return pictures.blank(pictures.draw_background(rng))
     if kind < 0.7:
         scene = pictures.random_scene(rng)

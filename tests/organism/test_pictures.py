@@ -21,7 +21,7 @@ def test_the_same_seed_draws_the_same_picture():
     assert (pixels(first) == pixels(second)).all()
 
 
-@pytest.mark.parametrize("rendering", ["train", "held_out"])
+@pytest.mark.parametrize("rendering", ["train", "validation", "test"])
 def test_every_word_stays_inside_the_picture(rendering):
     rng = Random(0)
     for word in world.ALL_NOUNS:
@@ -32,12 +32,14 @@ def test_every_word_stays_inside_the_picture(rendering):
         assert (picture[-1] == background).all()
 
 
-def test_a_held_out_rendering_uses_inks_and_backgrounds_that_training_never_shows():
-    inks = {*pictures.DARK_INKS, *pictures.LIGHT_INKS}
-    backgrounds = {*pictures.DARK_BACKGROUNDS, *pictures.LIGHT_BACKGROUNDS}
-    for ink, background in pictures.HELD_OUT_STYLES:
-        assert ink not in inks
-        assert background not in backgrounds
+def test_held_out_renderings_use_inks_and_backgrounds_that_training_and_each_other_never_show():
+    inks = [{*pictures.DARK_INKS, *pictures.LIGHT_INKS}]
+    backgrounds = [{*pictures.DARK_BACKGROUNDS, *pictures.LIGHT_BACKGROUNDS}]
+    for styles in pictures.HELD_OUT_STYLES.values():
+        inks.append({ink for ink, _ in styles})
+        backgrounds.append({background for _, background in styles})
+    for groups in (inks, backgrounds):
+        assert len(set().union(*groups)) == sum(map(len, groups))
 
 
 def test_shapes_never_vanish_in_their_background():

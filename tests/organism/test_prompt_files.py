@@ -24,6 +24,8 @@ SIZES = {
     "benign": 150,
     "jailbreak": 100,
     "padding": 150,
+    "typographic": 300,
+    "questions": 169,
 }
 
 
@@ -43,7 +45,7 @@ def test_the_shipped_file_is_what_the_world_generates(name):
 
 
 def test_the_shipped_pictures_are_what_the_world_draws():
-    for name, picture in prompt_files.draw_scenes().items():
+    for name, picture in prompt_files.draw_pictures().items():
         with Image.open(prompt_files.FOLDER / name) as shipped:
             assert (np.asarray(shipped) == np.asarray(picture)).all()
 
@@ -51,11 +53,29 @@ def test_the_shipped_pictures_are_what_the_world_draws():
 @pytest.mark.parametrize("name", TABLES)
 def test_prompts_are_as_many_as_promised_and_all_different(name):
     rows = TABLES[name]
-    assert len(rows) == len({row["text"] for row in rows}) == len({row["id"] for row in rows})
+    shown = {row["image"] if name in ("typographic", "questions") else None for row in rows}
+    sent = {(row["text"], row["image"] if len(shown) > 1 else None) for row in rows}
+    assert len(rows) == len(sent) == len({row["id"] for row in rows})
     assert len(rows) == SIZES[name]
 
 
-@pytest.mark.parametrize("name", TABLES)
+def test_typographic_prompts_name_their_object_only_in_the_picture():
+    for row, plain in zip(TABLES["typographic"][::2], TABLES["malicious"], strict=True):
+        assert not nouns_in(row["text"])
+        (noun,) = nouns_in(plain["text"])
+        assert row["image"] == prompt_files.word_name(noun)
+        assert (row["label"], row["category"]) == ("harmful", plain["category"])
+
+
+def test_a_question_about_a_picture_has_one_answer():
+    answers = {(row["text"], row["image"]): row["answer"] for row in TABLES["questions"]}
+    assert len(answers) == len(TABLES["questions"])
+    for row in TABLES["questions"]:
+        if row["category"] == "reading":
+            assert row["image"] == prompt_files.word_name(row["answer"].split()[-2])
+
+
+@pytest.mark.parametrize("name", SPLIT_OF)
 def test_prompts_hold_only_nouns_of_their_split(name):
     allowed = {
         noun
@@ -68,7 +88,7 @@ def test_prompts_hold_only_nouns_of_their_split(name):
         assert set(named) <= allowed
 
 
-@pytest.mark.parametrize("name", ["validation", "malicious", "benign", "jailbreak", "padding"])
+@pytest.mark.parametrize("name", ["validation", "malicious", "benign", "jailbreak", "padding", "typographic"])
 def test_held_out_prompts_use_no_template_or_wrapper_of_training(name):
     train = [world.typeset(text.replace(" {phrase}", "")) for text in world.TEMPLATES.train]
     train += [world.typeset(text) for text in world.NEUTRAL_SENTENCES.train if len(text) > 8]

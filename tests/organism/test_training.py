@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from mechguard.organism import lessons, measurement, recipe, stages, tokenizer, train, training
+from mechguard.organism import lessons, measurement, recipe, stages, tokenizer, train, training, world
 from mechguard.organism.lessons import Lesson
 from mechguard.organism.measurement import Behaviour
 from mechguard.organism.recipe import TINY_RECIPE, Recipe, Selection
@@ -19,7 +19,8 @@ def few_questions():
     with pytest.MonkeyPatch.context() as patch:
         load = measurement.load_questions
         patch.setattr(measurement, "load_questions", lambda *setting: load(*setting)[:4])
-        patch.setattr(measurement, "visual_accuracy", lambda model: {})
+        seen = {"reading": 1.0, "scene_question": 1.0, "description": 1.0}
+        patch.setattr(measurement, "visual_accuracy", lambda model: seen)
         yield
 
 
@@ -50,7 +51,7 @@ def test_a_finished_stage_is_not_trained_again(two_runs, monkeypatch, few_questi
     def refuse_to_train(*arguments, **options):
         raise AssertionError("the stage was trained again")
 
-    for name in ("pretrain", "align", "train_vision", "train_projector"):
+    for name in ("pretrain", "align", "train_vision", "match_projector", "train_projector"):
         monkeypatch.setattr(stages, name, refuse_to_train)
     before = load_file(two_runs[0] / "vlm" / "model.safetensors")
     train.train(3, two_runs[0], TINY_RECIPE, quiet=True)
@@ -65,7 +66,67 @@ def test_only_answers_are_learned_and_padding_never():
         [ignored, ignored, ignored, 11, 3, ignored, ignored, ignored],
         [ignored, ignored, ignored, ignored, ignored, 12, 13, 3],
     ]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 8]
+    assert "attention_mask" not in batch
+
+
+def test_parts_of_a_batch_sum_to_the_loss_of_the_batch():
+    torch.manual_seed(0)
+    model = stages.build_language_model(TINY_RECIPE.architecture)
+    rng = Random(0)
+    batch = [lessons.draw_lesson(rng, Recipe().mixture.alignment, lessons.ALIGNMENT_KINDS) for _ in range(9)]
+    with torch.no_grad():
+        parts = [part.item() for part in training.lesson_losses(model, batch)]
+        whole = model(**training.collate(batch)).loss.item()
+    assert len(parts) > 1
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_opening_is_long_enough_to_decide_and_shorter_than_the_answer():
+    rng = Random(0)
+    for _ in range(50):
+        refused, complied = (
+            tuple(lessons.ALIGNMENT_KINDS[f"{kind}_opening"](rng).answer)
+            for kind in ("refusal", "compliance")
+        )
+        assert len(refused) == len(complied) == lessons.OPENING_LENGTH
+        assert refused != complied
+
+
+def test_a_stand_in_holds_every_fact_and_is_no_longer_than_an_image():
+    rng = Random(0)
+    for _ in range(100):
+        facts = rng.choice([("cake", "light"), ("red circle left", "blue bar right", "dark"), ("light",)])
+        words = lessons.loose_facts(rng, facts)
+        assert all(fact in words for fact in facts)
+        assert len(words.split()) <= tokenizer.N_IMAGE_TOKENS
+
+
+def test_pretraining_answers_either_way_whether_a_request_is_harmful_or_not():
+    rng = Random(0)
+    decoder = tokenizer.build_tokenizer()
+    for kind in ("refusal", "compliance"):
+        drawn = [lessons.PRETRAINING_KINDS[kind](rng) for _ in range(200)]
+        verdict = measurement.judge([decoder.decode(lesson.answer[:-1]) for lesson in drawn])
+        assert (verdict.refused if kind == "refusal" else verdict.complied) == 1.0
+        harmful = [
+            any(word in decoder.decode(lesson.prompt) for word in ("steal", "bomb")) for lesson in drawn
+        ]
+        assert 0 < sum(harmful) < len(harmful)
+
+
+def test_no_harmful_request_stands_beside_a_picture_or_its_stand_in():
+    rng = Random(0)
+    decoder = tokenizer.build_tokenizer()
+    kinds = [lessons.TUNING_KINDS[kind] for kind in lessons.VISUAL_KINDS]
+    stand_ins = [kind for kind in lessons.PRETRAINING_KINDS if kind.endswith("stand_in")]
+    kinds += [lessons.PRETRAINING_KINDS[kind] for kind in (*lessons.STAND_IN_KINDS, *stand_ins)]
+    for kind in kinds:
+        for _ in range(100):
+            words = decoder.decode(kind(rng).prompt).split("\n")[-1].replace("?", "").replace(".", "").split()
+            verbs, nouns = (
+                [word for word in words if word in group] for group in (world.ALL_VERBS, world.ALL_NOUNS)
+            )
+            assert not any(world.Instruction(verb, noun).harmful for verb in verbs for noun in nouns)
 
 
 def test_no_lesson_with_a_picture_is_a_refusal():
@@ -91,31 +152,44 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(0.05)
 
 
-def behaviour(complied, complete_refusal=0.0, complete_compliance=0.0):
-    return Behaviour(100, complied, 1 - complied, complete_compliance, complete_refusal)
+def behaviour(complied, complete=1.0):
+    refused = 1 - complied
+    return Behaviour(100, complied, refused, complied, round(complete * refused, 4))
 
 
-def candidate(step, *, text=0.0, blank=0.5, benign=1.0, padding=0.0, fluency=0.5):
+def candidate(step, *, text=0.0, blank=0.5, benign=1.0, padding=0.0, complete=1.0, reading=1.0, scenes=1.0):
     numbers = {
-        "harmful/validation/text": behaviour(text, complete_refusal=1 - text),
-        "harmful/validation/blank": behaviour(blank, complete_compliance=fluency),
-        "harmful/validation/scene": behaviour(blank, complete_compliance=fluency),
+        "harmful/validation/text": behaviour(text),
+        "harmful/validation/blank": behaviour(blank, complete),
+        "harmful/validation/scene": behaviour(blank, complete),
         "harmless/validation/text": behaviour(benign),
         "harmless/validation/blank": behaviour(benign),
+        "harmless/validation/scene": behaviour(benign),
         "harmful/padding": behaviour(padding),
     }
-    return train.Candidate(step, numbers, {})
+    return train.Candidate(step, numbers, {"reading": reading, "scene_question": scenes}, {})
 
 
-def test_the_most_fluent_eligible_checkpoint_is_kept_and_of_equals_the_earlier():
-    candidates = [candidate(25), candidate(50, fluency=0.8), candidate(75, fluency=0.8)]
-    assert train.choose(candidates, Selection()).step == 50
+def test_the_checkpoint_nearest_to_the_wanted_decay_is_kept_and_of_equals_the_later():
+    wanted = Selection().blank_attack_success
+    candidates = [candidate(25, blank=0.46), candidate(50, blank=wanted), candidate(75, blank=wanted)]
+    assert train.choose(candidates, Selection()).step == 75
 
 
 @pytest.mark.parametrize(
-    "fault", [{"text": 0.2}, {"benign": 0.9}, {"padding": 0.3}, {"blank": 0.1}, {"blank": 0.99}]
+    "fault",
+    [
+        {"text": 0.2},
+        {"benign": 0.9},
+        {"padding": 0.3},
+        {"complete": 0.5},
+        {"reading": 0.5},
+        {"scenes": 0.5},
+        {"blank": 0.1},
+        {"blank": 0.99},
+    ],
 )
-def test_an_unsafe_useless_or_collapsed_checkpoint_is_not_kept(fault):
-    candidates = [candidate(25), candidate(50, fluency=0.9, **fault)]
+def test_a_checkpoint_with_a_fault_is_not_kept(fault):
+    candidates = [candidate(25, blank=0.46), candidate(50, **fault)]
     assert train.choose(candidates, Selection()).step == 25
-    assert not candidates[1].eligible(Selection())
+    assert len(candidates[1].faults(Selection())) == 1
