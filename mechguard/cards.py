@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 BOX = "border-left:4px solid #0072B2;padding:.15em .9em;margin:.4em 0;"
 CELL = "text-align:left;padding:.1em 1.2em .1em 0;vertical-align:top;background:none;"
 QUIET = "opacity:.7;"
-WIDE = 60  # characters of a preview's cell
+WIDE = 160  # characters of a cell in a preview
 
 
 def draw_card(

@@ -11,7 +11,7 @@ from mechguard.plots.lines import gates, layer_sweep, modality_gap
 from mechguard.plots.pages import save
 from mechguard.plots.rates import behaviour
 from mechguard.plots.responses import response_table
-from mechguard.plots.ridgelines import projection_ridgeline
+from mechguard.plots.ridgelines import projection_histogram, projection_ridgeline
 from mechguard.plots.state_maps import state_map
 from mechguard.plots.tokens import token_view
 
@@ -22,6 +22,7 @@ __all__ = [
     "layer_sweep",
     "modality_gap",
     "pareto",
+    "projection_histogram",
     "projection_ridgeline",
     "response_table",
     "save",

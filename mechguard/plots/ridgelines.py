@@ -7,6 +7,7 @@ from html import escape
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechguard.errors import MechguardError
 from mechguard.plots.style import (
     GREY,
     INK,
@@ -23,6 +24,7 @@ from mechguard.plots.style import (
 from mechguard.result import Result
 
 COLUMNS = ("layer", "condition", "metric", "label", "value", "scaled")
+BINS = 36
 GATES = {"midpoint": (INK, "line-ns-open"), "sign": (GREY, "x-thin-open")}
 OUTSIDE = {-1: "triangle-left-open", 1: "triangle-right-open"}  # where a gate lies beyond all prompts
 
@@ -80,6 +82,48 @@ def projection_ridgeline(result: Result, *, scaled: bool = True) -> go.Figure:
     splits = ", ".join(f"{split} split, " for split in points.get("split", pd.Series()).dropna().unique())
     layered(figure, "y")
     return headed(figure, "Projections on the safety steering direction, by layer", splits + subtitle)
+
+
+@draws
+def projection_histogram(result: Result, *, layer: int) -> go.Figure:
+    """The projections of one layer, a panel per condition; lines are where a gate opens, to their right.
+
+    Args:
+        result: of `project_states`.
+
+    Raises:
+        MechguardError: the result is not one of projections, or holds no such layer.
+    """
+    table = table_of(result, "projection_histogram", *COLUMNS, made_by="project_states")
+    rows = table[table["layer"] == layer]
+    if rows.empty:
+        known = ", ".join(str(int(one)) for one in sorted(table["layer"].unique()))
+        raise MechguardError(f"projection_histogram found no layer {layer}; the result has {known}")
+    points = rows_of_metric(rows, "projection_histogram", "projection")
+    conditions = list(points["condition"].unique())
+    figure = facets(
+        [escape(name) for name in conditions],
+        columns=len(conditions),
+        height=300,
+        shared_yaxes=True,
+        shared_xaxes="all",
+        horizontal_spacing=0.02,
+    )
+    colour = colours(list(points["label"].unique()), LABEL_COLOURS)
+    low, high = float(points["value"].min()), float(points["value"].max())
+    bins = {"start": low, "end": high + 1e-9, "size": (high - low) / BINS or 1.0}
+    for column, condition in enumerate(conditions, 1):
+        for label, found in points[points["condition"] == condition].groupby("label", sort=False):
+            bars = go.Histogram(x=found["value"].to_numpy().astype("float32"), xbins=bins, name=str(label))
+            bars.update(marker_color=translucent(colour[str(label)], 0.55), legendgroup=str(label))
+            figure.add_trace(bars.update(showlegend=column == 1), row=1, col=column)
+        for gate in rows[rows["metric"] == "gate_threshold"].to_dict("records"):
+            if low <= gate["value"] <= high:
+                line = {"color": INK, "dash": "solid" if gate["gate"] == "midpoint" else "dot"}
+                figure.add_vline(gate["value"], line=line, row=1, col=column)
+    figure.update_layout(barmode="overlay", bargap=0.02)
+    figure.update_xaxes(title_text="h · v").update_yaxes(title_text="prompts", col=1)
+    return headed(figure, f"Projections at layer {layer}", "lines: where a gate opens")
 
 
 def _ridge(values: pd.Series, layer: int, label: str, colour: str) -> go.Violin:
