@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures families test organism-check lint bench format clean
+.PHONY: install demo figures notebooks families test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,16 @@ figures: demo
 	cp figures/demo/figures/behaviour.png figures/headline.png
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
+
+# Executed pages with their pictures, each self-contained: build/notebooks/*.html
+notebooks: install
+	mkdir -p build/notebooks
+	cd build/notebooks && for story in ../../notebooks/*.py; do \
+		name=$$(basename $$story .py); \
+		../../$(BIN)/jupytext --quiet --to ipynb --output $$name.ipynb $$story && \
+		TQDM_DISABLE=1 PLOTLY_RENDERER=notebook ../../$(BIN)/jupyter nbconvert --log-level=WARN --execute \
+			--to html $$name.ipynb || exit 1; \
+	done
 
 families: install
 	$(BIN)/python tests/families_table.py

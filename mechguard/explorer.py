@@ -24,7 +24,7 @@ from mechguard.report import StudyFolder
 
 NEEDED = ("states", "projections")
 NOT_KEPT = "<em>The tokens of this prompt were not kept; those of a few test prompts are.</em>"
-MAP_HEIGHT, TOKENS_HEIGHT = 520, 380
+MAP_HEIGHT = 520
 
 
 def explore(study_dir: str | os.PathLike[str]) -> Explorer:
@@ -80,8 +80,8 @@ class Explorer:
         self.prompt = widgets.Dropdown(options=choices, description="prompt", layout={"width": "60%"})
         self.condition = widgets.Dropdown(description="condition")
         self.map = self._make_map()
-        self.histogram = go.FigureWidget(self._histogram(layers[0]))
-        self.tokens = go.FigureWidget(layout={"height": TOKENS_HEIGHT})
+        self.histogram = _fill(go.FigureWidget(), self._histogram(layers[0]))
+        self.tokens = go.FigureWidget()
         self._token_box = widgets.VBox([self.tokens])
         self.note = widgets.HTML()
         self.answers = widgets.HTML()
@@ -109,13 +109,13 @@ class Explorer:
         with self.map.batch_update():
             for trace, place in zip(self.map.data, frame.data, strict=False):
                 trace.x, trace.y = place.x, place.y
-            self.map.layout.update(frame.layout)
+            self.map.layout.update(_plain(frame.layout))
         drawn = self._histogram(layer)
         with self.histogram.batch_update():
             for trace, fresh in zip(self.histogram.data, drawn.data, strict=True):
                 trace.x, trace.xbins = fresh.x, fresh.xbins
             self.histogram.layout.shapes = drawn.layout.shapes
-            self.histogram.layout.title = drawn.layout.title
+            self.histogram.layout.title = _plain(drawn.layout).title
         self._show_tokens()
 
     def show_prompt(self, id: str) -> None:
@@ -156,10 +156,7 @@ class Explorer:
 
     def _make_map(self) -> go.FigureWidget:
         """The map without frames, which a widget does not have: the slider moves its points."""
-        plain = go.Figure(self._drawn.data, self._drawn.layout)
-        plain.layout.sliders = plain.layout.updatemenus = ()
-        plain.layout.meta = None
-        figure = go.FigureWidget(plain)
+        figure = _fill(go.FigureWidget(), self._drawn)
         figure.update_layout(height=MAP_HEIGHT, margin={"b": 60}, hovermode="closest")
         first = self.study.results["states"].table
         first = first[first["layer"] == first["layer"].min()]
@@ -191,13 +188,8 @@ class Explorer:
             condition=self.condition.value,
             layer=self.layer.value,
         )
-        drawn.layout.sliders = drawn.layout.updatemenus = ()
-        drawn.layout.meta = None
-        with self.tokens.batch_update():
-            self.tokens.data = ()
-            self.tokens.layout = drawn.layout
-            self.tokens.add_traces(list(drawn.data))
-            self.tokens.layout.margin.b = 20
+        _fill(self.tokens, drawn)
+        self.tokens.layout.margin.b = 20
 
     def _answers(self, id: str) -> str:
         table = self.study.responses
@@ -219,3 +211,24 @@ class Explorer:
                 for row in rows.to_dict("records")
             ]
         )
+
+
+def _fill(widget: go.FigureWidget, figure: go.Figure) -> go.FigureWidget:
+    """Put a figure into a widget that may hold another one.
+
+    What a widget is given when it is made does not always reach the browser; what it is given later does.
+    """
+    widget.data = ()
+    widget.layout = _plain(figure.layout)
+    widget.add_traces(list(figure.data))
+    return widget
+
+
+def _plain(layout: go.Layout) -> go.Layout:
+    """A layout without what moves frames, its subtitle in its title."""
+    plain = go.Layout(layout)
+    plain.sliders = plain.updatemenus = ()
+    plain.meta = None
+    title = plain.title.text
+    plain.title = {"text": f"{title}<br><sup>{plain.title.subtitle.text}</sup>"}
+    return plain

@@ -14,8 +14,8 @@
 # we watch what a blank picture does to that refusal, look for the layers where it happens, and bring the
 # language model's own judgement back at inference with VLM-Guard (arXiv 2502.10486).
 #
-# The model is the built-in organism: a tiny LLaVA, really trained, that loads in a second. To look at a real
-# one, change `MODEL` and point `MECHGUARD_DATA` at a folder of prompts.
+# The model is the built-in organism: a tiny LLaVA, really trained, that loads in a second. To look at a
+# real one, change `MODEL` and point `MECHGUARD_DATA` at a folder of prompts.
 
 # %%
 import mechguard as mg
@@ -39,8 +39,8 @@ prompts.anchors
 # ## The safety steering direction of the language model
 #
 # `vlm.llm` is the language model inside: the same weights, reading text only. One traced forward pass a
-# batch reads the hidden state after every layer. The direction at a layer is the first right singular vector
-# of the differences of the pairs; the four first ones span the subspace that the guard will use.
+# batch reads the hidden state after every layer. The direction at a layer is the first right singular
+# vector of the differences of the pairs; the four first ones span the subspace that the guard will use.
 
 # %%
 ssd = mg.fit_directions(mg.collect(vlm.llm, prompts.anchors), method="svd", rank=4)
@@ -61,8 +61,8 @@ mg.plots.modality_gap(gap, metrics=["centroid_distance", "rmg", "safety_share"])
 # %% [markdown]
 # ## Separability, layer by layer
 #
-# How well does the projection on the language model's direction still tell harmful from harmless? Beside it:
-# the states' own direction, held out by pair, random directions, and shuffled labels.
+# How well does the projection on the language model's direction still tell harmful from harmless? Beside
+# it: the states' own direction, held out by pair, random directions, and shuffled labels.
 
 # %%
 separability = mg.measure_separability(text, ssd, split="validation")
@@ -70,8 +70,8 @@ separability += mg.measure_separability(blank, ssd, split="validation")
 mg.plots.layer_sweep(separability)
 
 # %% [markdown]
-# Every point below is a prompt; an arrow goes from its state as text to its state beside the picture. Drag the
-# slider, or press play.
+# Every point below is a prompt; an arrow goes from its state as text to its state beside the picture. Drag
+# the slider, or press play.
 
 # %%
 mg.plots.state_map(mg.map_states([text, blank]))
@@ -97,6 +97,6 @@ harm = table.where(metric="attack_success", condition="blank").table
 harm[["guard", "value", "low", "high", "n"]]
 
 # %% [markdown]
-# What came out is in the table, intervals and all: read the guard's row against the row without a guard *and*
-# against the random one. The layers and the strength here are a first guess;
-# `mechguard study organism --out runs/organism` chooses them on validation prompts and writes a report.
+# What came out is in the table, intervals and all: read the guard's row against the row without a guard
+# *and* against the random one. The layers and the strength here are a first guess; `mechguard study
+# organism --out runs/organism` chooses them on validation prompts and writes a report.

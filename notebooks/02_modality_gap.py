@@ -11,8 +11,8 @@
 # # The modality gap: what a picture does to the states of a text
 #
 # Ask the same question twice, once as text and once beside a picture that has nothing to do with it. The
-# language model inside gets the same words, and yet its hidden states move. How far, in which direction, and
-# is the safety direction part of it?
+# language model inside gets the same words, and yet its hidden states move. How far, in which direction,
+# and is the safety direction part of it?
 
 # %%
 import mechguard as mg
@@ -37,9 +37,9 @@ pictured[1]
 # %% [markdown]
 # ## How far the states move
 #
-# Each panel has its own scale. The line from text to text is a check: it must lie at nothing (or at one, for a
-# similarity). Bands are 95% intervals over prompts; grey is what exchanging text and picture at random, prompt by
-# prompt, would leave.
+# Each panel has its own scale. The line from text to text is a check: it must lie at nothing (or at one,
+# for a similarity). Bands are 95% intervals over prompts; grey is what exchanging text and picture at
+# random, prompt by prompt, would leave.
 
 # %%
 ssd = mg.fit_directions(mg.collect(vlm.llm, prompts.anchors))
@@ -48,8 +48,8 @@ gap = sum(gaps[1:], gaps[0])
 mg.plots.modality_gap(gap)
 
 # %% [markdown]
-# *Safety share* is the part of the shift that lies along the safety steering direction; its grey band is the share
-# along random directions. A shift can be large and still leave that direction alone.
+# *Safety share* is the part of the shift that lies along the safety steering direction; its grey band is
+# the share along random directions. A shift can be large and still leave that direction alone.
 
 # %%
 shares = gap.where(metric="safety_share", condition=f"{llm.name} -> vlm blank").table
@@ -71,8 +71,8 @@ mg.plots.state_map(mg.map_states([pictured[0], pictured[1]]), dimensions=3)
 # %% [markdown]
 # ## Where in the sequence
 #
-# One prompt, token by token and patch by patch, coloured by the projection on the safety direction. The direction
-# was fitted at the last token; elsewhere it is a way of reading, not a measurement.
+# One prompt, token by token and patch by patch, coloured by the projection on the safety direction. The
+# direction was fitted at the last token; elsewhere it is a way of reading, not a measurement.
 
 # %%
 few = asked[:2]
@@ -80,5 +80,5 @@ tokens = mg.project_tokens(vlm, few + few.with_image("noise"), ssd, split="valid
 mg.plots.token_view(tokens, condition="vlm noise")
 
 # %% [markdown]
-# Distances say that something moved. Whether harmful and harmless are still told apart is another question: it is
-# that of the [next notebook](03_separability.py).
+# Distances say that something moved. Whether harmful and harmless are still told apart is another question:
+# it is that of the [next notebook](03_separability.py).

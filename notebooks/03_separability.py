@@ -10,9 +10,9 @@
 # %% [markdown]
 # # Separability, layer by layer, and its controls
 #
-# A classifier finds a direction that separates almost any two groups when there are more dimensions than prompts.
-# So every number here stands beside what it would be by chance: held-out prompts, shuffled labels, random
-# directions.
+# A classifier finds a direction that separates almost any two groups when there are more dimensions than
+# prompts. So every number here stands beside what it would be by chance: held-out prompts, shuffled labels,
+# random directions.
 
 # %%
 import mechguard as mg
@@ -27,9 +27,9 @@ test = (prompts.malicious + prompts.benign).renamed("test")
 # %% [markdown]
 # ## Along the language model's direction, and along the states' own
 #
-# Left: the projection on the direction fitted on the language model's text states (other prompts, other words).
-# Right: on the states' own mean difference, fitted on the other half of the pairs. If a line falls on the left but
-# not on the right, the distinction has *moved*; if it falls on both, it has *collapsed*.
+# Left: the projection on the direction fitted on the language model's text states (other prompts, other
+# words). Right: on the states' own mean difference, fitted on the other half of the pairs. If a line falls
+# on the left but not on the right, the distinction has *moved*; if it falls on both, it has *collapsed*.
 
 # %%
 states = [mg.collect(vlm.llm, test)]
@@ -39,7 +39,8 @@ separability = sum(results[1:], results[0])
 mg.plots.layer_sweep(separability)
 
 # %% [markdown]
-# The AUROC cannot rise above 1. d' can: it measures the distance of the two groups in units of their spread.
+# The AUROC cannot rise above 1. d' can: it measures the distance of the two groups in units of their
+# spread.
 
 # %%
 mg.plots.layer_sweep(separability, metric="dprime")
@@ -47,8 +48,8 @@ mg.plots.layer_sweep(separability, metric="dprime")
 # %% [markdown]
 # ## The prompts themselves
 #
-# Before any average: how the projections are distributed, and where a gate would open. The paper's gate asks for the
-# sign; the other one for the side of the midpoint between the anchors' means.
+# Before any average: how the projections are distributed, and where a gate would open. The paper's gate
+# asks for the sign; the other one for the side of the midpoint between the anchors' means.
 
 # %%
 projections = mg.project_states(ssd, states)
@@ -70,8 +71,8 @@ mg.plots.layer_sweep(nothing)
 # %% [markdown]
 # ## A map with held-out axes
 #
-# Linear discriminants are fitted on one half of the prompts; the map shows the other half. Axes fitted on the prompts
-# that they show would separate anything.
+# Linear discriminants are fitted on one half of the prompts; the map shows the other half. Axes fitted on
+# the prompts that they show would separate anything.
 
 # %%
 mg.plots.state_map(mg.map_states(states[1:], method="lda"))

@@ -10,9 +10,9 @@
 # %% [markdown]
 # # Guarding: projection, gate, realignment, and when projection alone fails
 #
-# VLM-Guard at a layer is `h* = h + g (alpha h(q) VᵀV - h VᵀV)`. Three parts: take the component along the safety
-# directions V out (*projection*); put the language model's own component in (*realignment*); do so only for prompts
-# that look harmful (*gate*). We add them one by one.
+# VLM-Guard at a layer is `h* = h + g (alpha h(q) VᵀV - h VᵀV)`. Three parts: take the component along the
+# safety directions V out (*projection*); put the language model's own component in (*realignment*); do so
+# only for prompts that look harmful (*gate*). We add them one by one.
 
 # %%
 import mechguard as mg
@@ -35,7 +35,8 @@ layers
 # %% [markdown]
 # ## Does the gate open for the right prompts?
 #
-# It is decided by the language model's state of the text: harmful (solid) should be open, harmless (dotted) closed.
+# It is decided by the language model's state of the text: harmful (solid) should be open, harmless (dotted)
+# closed.
 
 # %%
 text = mg.collect(vlm.llm, prompts.validation)
@@ -44,8 +45,8 @@ mg.plots.gates(mg.measure_gates(ssd, [text, blank], split="validation"))
 # %% [markdown]
 # ## One part at a time
 #
-# *projection* alone, for every prompt; *realign* without projection; all of VLM-Guard; and all of it in a random
-# subspace of the same rank.
+# *projection* alone, for every prompt; *realign* without projection; all of VLM-Guard; and all of it in a
+# random subspace of the same rank.
 
 # %%
 guard = mg.vlm_guard(ssd, layers=layers)
@@ -60,10 +61,10 @@ table = mg.evaluate(vlm, test, guards=guards, conditions=["text", "blank"], resp
 mg.plots.behaviour(table)
 
 # %% [markdown]
-# Projection removes the component along the directions from *every* state, and the language model refuses by that
-# component: removing it is known as ablating refusal (Arditi et al., arXiv 2406.11717). Compare the complete refusals of
-# *projection* with those of *none* above. Attack success alone would not show it: an answer that is neither a refusal nor
-# of use counts as neither.
+# Projection removes the component along the directions from *every* state, and the language model refuses
+# by that component: removing it is known as ablating refusal (Arditi et al., arXiv 2406.11717). Compare the
+# complete refusals of *projection* with those of *none* above. Attack success alone would not show it: an
+# answer that is neither a refusal nor of use counts as neither.
 
 # %%
 import pandas as pd
@@ -77,8 +78,8 @@ mg.plots.response_table(responses, guard="vlm_guard", condition="blank", count=5
 # %% [markdown]
 # ## How much, and where
 #
-# A small grid on validation prompts. Reading A supervises by the last token of the same pass, reading B by the language
-# model. Strength and layers are for validation to choose; the test prompts above took no part.
+# A small grid on validation prompts. Reading A supervises by the last token of the same pass, reading B by
+# the language model. Strength and layers are for validation to choose; the test prompts above took no part.
 
 # %%
 few = prompts.validation.with_label("harmful")[:8] + prompts.validation.with_label("harmless")[:8]

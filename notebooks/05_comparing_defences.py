@@ -10,9 +10,9 @@
 # %% [markdown]
 # # Comparing defences
 #
-# Methods differ in what they add to a state, when, and for whom. Here they are fitted on the same states and stand on one
-# table: attack success, complete refusals, and what harmless prompts lose. Each method should also beat itself with
-# random directions, or it does what any push of its size would do.
+# Methods differ in what they add to a state, when, and for whom. Here they are fitted on the same states
+# and stand on one table: attack success, complete refusals, and what harmless prompts lose. Each method
+# should also beat itself with random directions, or it does what any push of its size would do.
 
 # %%
 import mechguard as mg
@@ -49,7 +49,8 @@ table = mg.evaluate(vlm, test, guards=[None, *guards, *controls], conditions=["b
 # %% [markdown]
 # ## Safety against helpfulness
 #
-# Down and to the right is good. The stairs join the methods that no other one beats in both; hollow marks are controls.
+# Down and to the right is good. The stairs join the methods that no other one beats in both; hollow marks
+# are controls.
 
 # %%
 mg.plots.pareto(table)
@@ -59,8 +60,8 @@ mg.plots.defences(table)
 
 # %% [markdown]
 # Few points are apart by their intervals at this number of prompts, and the settings were not tuned.
-# `mechguard compare organism --out runs/defences` chooses settings for each method on validation prompts by one written rule,
-# adds shuffled labels as a second control, and uses all test prompts.
+# `mechguard compare organism --out runs/defences` chooses settings for each method on validation prompts by
+# one written rule, adds shuffled labels as a second control, and uses all test prompts.
 
 # %%
 wide = table.table.pivot_table(index="guard", columns="metric", values="value", sort=False)

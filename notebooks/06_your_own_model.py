@@ -10,8 +10,8 @@
 # %% [markdown]
 # # Your own model, your own prompts
 #
-# Any Hugging Face vision-language model, from a name, a folder or memory; and any prompts, from a file. What has to be true
-# before the numbers mean something is checked by the doctor.
+# Any Hugging Face vision-language model, from a name, a folder or memory; and any prompts, from a file.
+# What has to be true before the numbers mean something is checked by the doctor.
 
 # %%
 import mechguard as mg
@@ -25,8 +25,8 @@ vlm
 # %% [markdown]
 # ## Is our reading of this model right?
 #
-# Text through the VLM must equal text through its language model, traced states plain ones, a batch each prompt alone, and
-# exactly the image positions must change with the picture.
+# Text through the VLM must equal text through its language model, traced states plain ones, a batch each
+# prompt alone, and exactly the image positions must change with the picture.
 
 # %%
 diagnosis = mg.diagnose(vlm)
@@ -45,8 +45,8 @@ tested_families().head(8)
 # %% [markdown]
 # ## Your prompts
 #
-# A CSV or JSONL file with the columns `id, text, label, pair, image, category`; all but `text` are optional. Anchors need
-# pairs.
+# A CSV or JSONL file with the columns `id, text, label, pair, image, category`; all but `text` are
+# optional. Anchors need pairs.
 
 # %%
 from pathlib import Path
@@ -66,8 +66,8 @@ mine.with_image("noise")
 print(mine[:1].with_image("blank").render(vlm)[0])
 
 # %% [markdown]
-# Public benchmarks are read from a folder (`MECHGUARD_DATA`), never downloaded. This is what is known of them, with their
-# licences:
+# Public benchmarks are read from a folder (`MECHGUARD_DATA`), never downloaded. This is what is known of
+# them, with their licences:
 
 # %%
 mg.list_benchmarks()[["name", "what", "licence", "source"]].head(8)
