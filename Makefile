@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures notebooks families test organism-check lint bench format clean
+.PHONY: install demo figures notebooks defences families test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,18 @@ figures: demo
 	cp figures/demo/figures/behaviour.png figures/headline.png
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
+	cp figures/demo/results/sweep.csv figures/sweep.csv
+	cp figures/demo/results/sweep.json figures/sweep.json
+
+# About half an hour on two cores; both go on where they were interrupted.
+defences: install
+	$(BIN)/mechguard compare organism --limit-tests 100 --out runs/defences
+	cp runs/defences/defences.csv runs/defences/defences.json runs/defences/defences.png figures/
+	$(BIN)/mechguard sweep organism --alternatives --layers "3 4 5" --alpha 2 --condition blank \
+	    --condition image --out runs/alternatives
+	cp runs/alternatives/sweep.csv figures/alternatives.csv
+	cp runs/alternatives/sweep.json figures/alternatives.json
+	cp runs/alternatives/sweep_complete_refusal.png figures/alternatives.png
 
 # Executed pages with their pictures, each self-contained: build/notebooks/*.html
 notebooks: install

@@ -265,6 +265,67 @@ def compare(
     _print_rates(result.table, ["setting", "condition", "guard"])
 
 
+@app.command()
+def sweep(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder for the table; an interrupted sweep goes on")],
+    data: Data = None,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="the default with one option changed, not the readings")
+    ] = False,
+    layers: Annotated[
+        list[str] | None, typer.Option(help='layers, as "2 3 4"; may be given again; by default three sets')
+    ] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="a strength; may be given again")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="a rank; may be given again")] = None,
+    condition: Annotated[
+        list[str] | None, typer.Option(help="an image condition; may be given again")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="what to maximise; with a minus before it, minimise")] = (
+        "complete_refusal"
+    ),
+    limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 50,
+    quiet: Quiet = False,
+) -> None:
+    """VLM-Guard in many settings on validation prompts, and the best one by a written rule.
+
+    mechguard sweep organism --alternatives --layers "3 4 5" --alpha 2 --out runs/alternatives
+    """
+    import mechguard as mg
+    from mechguard.study import find_study_prompts
+    from mechguard.sweeps import ALTERNATIVES, VARIANTS, layer_sets, parse_layers
+
+    vlm = mg.load(model)
+    prompts = find_study_prompts(vlm, data)
+    ranks = rank or [1]
+    text = mg.collect(vlm.llm, prompts.anchors, progress=not quiet)
+    ssd = mg.fit_directions(text, rank=max(ranks))
+    chosen = [parse_layers(words) for words in layers or []]
+    if not chosen:
+        validation = mg.collect(vlm.llm, prompts.validation, progress=not quiet)
+        chosen = layer_sets(mg.measure_separability(validation, ssd, resamples=50), vlm.n_layers)
+    result = mg.sweep(
+        vlm,
+        prompts.validation.first(limit),
+        ssd,
+        layers=chosen,
+        alphas=alpha or (0.5, 1.0, 2.0),
+        ranks=ranks,
+        variants=ALTERNATIVES if alternatives else VARIANTS,
+        conditions=condition or None,
+        max_new_tokens=48,
+        out=out / "cells.jsonl",
+        progress=not quiet,
+    )
+    result.save(out / "sweep")
+    for metric in ("attack_success", "complete_refusal", "benign_compliance"):
+        mg.plots.save(mg.plots.sweep_heatmap(result, metric=metric), out / f"sweep_{metric}")
+    _print_rates(result.table, ["condition", "variant", "rank", "layers", "alpha"])
+    best = mg.choose(result, objective=objective)
+    setting = ", ".join(f"{name} {best[name]}" for name in ("variant", "rank", "layers", "alpha"))
+    typer.echo(f"best for {objective}: {setting}")
+
+
 @app.command("data")
 def list_data(
     data: Data = None,
@@ -327,11 +388,11 @@ def _print_rates(table: Any, index: list[str]) -> None:
     rows = table[table["metric"].isin(metrics)].copy()
     rows["shown"] = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples()]
     wide = rows.pivot_table(index=index, columns="metric", values="shown", aggfunc="first", sort=False)
-    title = f"test split, n = {_counts(rows)} per cell, 95% Wilson intervals"
+    title = f"{'/'.join(table['split'].unique())} split, n = {_counts(rows)} per cell, 95% Wilson intervals"
     shown = Table(*index, *metrics, title=title)
     for names, row in wide.iterrows():
         cells = [row.get(metric) for metric in metrics]
-        shown.add_row(*names, *(cell if isinstance(cell, str) else "" for cell in cells))
+        shown.add_row(*map(str, names), *(cell if isinstance(cell, str) else "" for cell in cells))
     Console(width=max(Console().width, 110)).print(shown)
 
 

@@ -30,10 +30,10 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
-from mechguard.separability import measure_separability, select_layers
+from mechguard.separability import measure_separability
 from mechguard.statistics import bootstrap_mean
 from mechguard.storage import append_line, digest, read_lines, write_json
-from mechguard.sweeps import RULE, choose, format_layers, parse_layers
+from mechguard.sweeps import RULE, choose, format_layers, layer_sets, parse_layers
 from mechguard.tracing import collect, predict_next_tokens
 
 ALPHAS = (0.5, 1.0, 2.0)
@@ -176,8 +176,7 @@ class Comparison:
         ssd = fit_directions(self.states.text)
         states = collect(self.vlm.llm, self.validation, progress=self.progress)
         separability = measure_separability(states, ssd, resamples=50)
-        sizes = dict.fromkeys(min(k, self.vlm.n_layers) for k in (1, 3, self.vlm.n_layers))
-        return [select_layers(separability, k=k) for k in sizes]
+        return layer_sets(separability, self.vlm.n_layers, sizes=(1, 3))
 
     def settings(self, method: Method) -> list[Setting]:
         """Every setting of a method that is tried."""
@@ -190,7 +189,7 @@ class Comparison:
 
     def choose(self) -> dict[str, Setting]:
         """The setting of every method, by `RULE` on validation prompts."""
-        prompts = _limited(self.validation, self.limit)
+        prompts = self.validation.first(self.limit)
         plain = self._cell("validation", UNGUARDED, {}, lambda: self._rates(prompts, None))
         chosen = {}
         for name, method in tqdm(self.methods.items(), desc="methods", disable=not self.progress):
@@ -224,7 +223,7 @@ class Comparison:
             "rule": RULE,
             "chosen": chosen,
             "layer_sets": self.layer_sets,
-            "n_validation": len(_limited(self.validation, self.limit)),
+            "n_validation": len(self.validation.first(self.limit)),
             "seed": self.seed,
         }
         result = Result.from_rows(rows, **about)
@@ -258,7 +257,7 @@ class Comparison:
     def _tested(self, guard: AnyGuard | None) -> list[dict[str, Any]]:
         rows = []
         for name, everything in self.tests.items():
-            prompts = everything if self.limit_tests is None else _limited(everything, self.limit_tests)
+            prompts = everything.first(self.limit_tests)
             owned = all(prompt.own_image is not None for prompt in prompts)
             asked = self.only.get(name, self.conditions)
             conditions = [word for word in asked if word != "image" or owned]
@@ -382,14 +381,3 @@ def compare_guards(
         model, anchors, validation, tests, Path(out), chosen, progress=progress, **settings
     )
     return comparison.run()
-
-
-def _limited(prompts: Prompts, limit: int) -> Prompts:
-    """The first `limit` prompts of each label."""
-    kept: dict[str, int] = {}
-    rows = []
-    for prompt in prompts:
-        kept[prompt.label] = kept.get(prompt.label, 0) + 1
-        if kept[prompt.label] <= limit:
-            rows.append(prompt)
-    return Prompts(rows, name=prompts.name)

@@ -183,6 +183,16 @@ class Prompts(Sequence[Prompt]):
         """Only the harmful or only the harmless prompts."""
         return self.filter(lambda prompt: prompt.label == label)
 
+    def first(self, count: int | None) -> Prompts:
+        """The first `count` prompts of each label; all for None."""
+        left = {label: len(self) if count is None else count for label in (HARMFUL, HARMLESS)}
+        kept = []
+        for prompt in self:
+            if left[prompt.label] > 0:
+                left[prompt.label] -= 1
+                kept.append(prompt)
+        return Prompts(kept, name=self.name)
+
     def renamed(self, name: str) -> Prompts:
         """The same prompts under another name (the `setting` column of results)."""
         return Prompts(self, name=name)

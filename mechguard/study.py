@@ -36,9 +36,9 @@ from mechguard.projections import project_states, project_tokens
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.result import Result
-from mechguard.separability import measure_separability, select_layers
+from mechguard.separability import measure_separability
 from mechguard.storage import read_json, versions, write_json
-from mechguard.sweeps import SETTING, VARIANTS, choose, make_guard, sweep
+from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
 
 ALPHAS = (-1.0, 1.0, 2.0)
@@ -189,7 +189,7 @@ class Study:
 
         def measure() -> Result:
             validation = self.separability().where(split="validation")
-            layers = _layer_sets(validation, self.vlm.n_layers)
+            layers = layer_sets(validation, self.vlm.n_layers)
             first = self._swept(layers=layers, alphas=self.settings.alphas)
             best = choose(first)
             by_rank = self._swept(
@@ -205,10 +205,11 @@ class Study:
     def _swept(self, **grid: Any) -> Result:
         return sweep(
             self.vlm,
-            _first_of_each_label(self.prompts.validation, self.settings.sweep_limit),
+            self.prompts.validation.first(self.settings.sweep_limit),
             self.ssd,
             conditions=self.image_conditions or ["text"],
             max_new_tokens=self.settings.max_new_tokens,
+            out=self.out / "results" / "sweep.jsonl",
             progress=self.progress,
             **grid,
         )
@@ -364,7 +365,7 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
     Raises:
         MechguardError: a set is missing, or holds only one label where both are needed.
     """
-    found = {role: _limited(load_from_folder(role, folder), limit) for role in ROLES}
+    found = {role: load_from_folder(role, folder).first(limit) for role in ROLES}
     for role, label in (("malicious", "harmful"), ("benign", "harmless")):
         wrong = sum(prompt.label != label for prompt in found[role])
         if wrong:
@@ -418,27 +419,6 @@ def _data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
 def _spread(prompts: Prompts) -> Prompts:
     """A few prompts, evenly over the set in its order."""
     return prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
-
-
-def _limited(prompts: Prompts, limit: int | None) -> Prompts:
-    return prompts if limit is None else _first_of_each_label(prompts, limit)
-
-
-def _first_of_each_label(prompts: Prompts, limit: int) -> Prompts:
-    """The first `limit` prompts of each label, which keeps pairs that are in the same order."""
-    kept = []
-    counts: dict[str, int] = {}
-    for prompt in prompts:
-        counts[prompt.label] = counts.get(prompt.label, 0) + 1
-        if counts[prompt.label] <= limit:
-            kept.append(prompt)
-    return Prompts(kept, name=prompts.name)
-
-
-def _layer_sets(validation: Result, n_layers: int) -> list[list[int]]:
-    """The three layers that separate best on validation, and all of them."""
-    sizes = sorted({min(3, n_layers), n_layers})
-    return [select_layers(validation, k=size) for size in sizes]
 
 
 def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import product
 from typing import Any
 
@@ -14,10 +17,14 @@ from mechguard.directions import Directions
 from mechguard.errors import MechguardError
 from mechguard.evaluation import evaluate
 from mechguard.guards import Guard, Scope, Source, vlm_guard
+from mechguard.guards.gates import Word
+from mechguard.guards.steering import AnyGuard
 from mechguard.judges import RefusalJudge
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
+from mechguard.separability import select_layers
+from mechguard.storage import append_line, digest, read_lines
 
 SETTING = ("variant", "layers", "alpha", "rank")
 TOLERANCE = 0.05
@@ -30,11 +37,17 @@ RULE = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One reading of VLM-Guard's equation 5: who supervises, where and when."""
+    """One reading of VLM-Guard's equation 5: who supervises, where and when; and its other options."""
 
     source: Source
     scope: Scope
     project: bool = True
+    gate: Word = "midpoint"
+    keep_norm: bool = False
+
+
+Make = Callable[[Directions, Sequence[int], float], AnyGuard]
+"""Another method: directions of one rank, layers and alpha become a guard."""
 
 
 # The open readings of the paper. A: the last prompt token of the same pass, broadcast. B: the LLM's state
@@ -45,6 +58,19 @@ VARIANTS: dict[str, Variant] = {
     "B, LLM held": Variant("llm", Scope("last", "both")),
     "B, LLM stream": Variant("llm-stream", Scope("last", "both")),
 }
+# The default with one option changed.
+ALTERNATIVES: dict[str, Variant] = {
+    "default": (default := VARIANTS["B, LLM stream"]),
+    "no projection": replace(default, project=False),
+    **{f"gate: {word}": replace(default, gate=word) for word in ("always", "sign", "cosine")},
+    "norm kept": replace(default, keep_norm=True),
+    "scope: last, prompt": replace(default, scope=Scope("last", "prompt")),
+    "scope: last, generated": replace(default, scope=Scope("last", "generated")),
+    "scope: all, both": replace(default, scope=Scope("all", "both")),
+    "scope: text, both": replace(default, scope=Scope("text", "both")),
+    "scope: image, prompt": replace(default, scope=Scope("image", "prompt")),
+}
+del default
 
 
 def sweep(
@@ -55,54 +81,73 @@ def sweep(
     layers: Sequence[Sequence[int]],
     alphas: Sequence[float] = (-1.0, 1.0, 2.0),
     ranks: Sequence[int] = (1,),
-    variants: Mapping[str, Variant] | None = None,
+    variants: Mapping[str, Variant | Make] | None = None,
+    scopes: Sequence[Scope] = (),
     conditions: Sequence[str] | None = None,
     judge: str | RefusalJudge = "refusal",
     max_new_tokens: int = 64,
     split: str = "validation",
+    out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
-    """Evaluate VLM-Guard in every combination of variant, layers and alpha.
+    """Evaluate guards in every combination of variant, scope, rank, layers and alpha.
 
     Args:
         prompts: harmful and harmless prompts of the validation split.
         layers: sets of layers, e.g. `[[3], [2, 3, 4]]`.
         ranks: how many of the directions to use.
-        variants: readings to try; `VARIANTS` by default.
+        variants: what to try, by name: readings of VLM-Guard, or functions that make other guards from
+            directions, layers and alpha (known by their name when a sweep goes on); `VARIANTS` by default.
+        scopes: each reading is tried with each of these, instead of its own.
+        out: a file to which every finished setting is added; a sweep that was killed goes on there.
 
     Returns:
-        The rows of `evaluate` with the columns `variant`, `layers`, `alpha`, `rank`, `source`, `phase`;
-        the unguarded model is among them with variant "none".
+        The rows of `evaluate` with the columns `variant`, `layers`, `alpha`, `rank`, `source`, `scope`,
+        `phase`, `gate`; the unguarded model is among them with variant "none".
+
+    Raises:
+        MechguardError: a guard that does not fit, or a line of `out` that cannot be read.
     """
-    cells = list(_cells(directions, layers, alphas, ranks, VARIANTS if variants is None else variants))
+    tried = _scoped(VARIANTS if variants is None else variants, scopes)
+    cells = list(_cells(directions, layers, alphas, ranks, tried))
+    asked: dict[str, Any] = {"conditions": conditions, "max_new_tokens": max_new_tokens, "split": split}
+    fitted = sha256(directions.data.numpy().tobytes()).hexdigest()
+    bound = (model.fingerprint, prompts.fingerprint, fitted, repr(judge), asked)
+    known = {} if out is None else {line["cell"]: line for line in read_lines(out)}
     tables = []
     about: dict[str, Any] = {}
     for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
-        result = evaluate(
-            model,
-            prompts,
-            guards=[guard],
-            judge=judge,
-            conditions=conditions,
-            max_new_tokens=max_new_tokens,
-            split=split,
-            progress=False,
-        )
-        tables.append(result.table.assign(**facts))
-        about = result.about
+        mark = digest(*bound, facts)
+        if mark not in known:
+            result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
+            rows = json.loads(result.table.to_json(orient="records"))
+            known[mark] = {"cell": mark, "about": result.about, "rows": rows}
+            if out is not None:
+                append_line(out, known[mark])
+        tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
+        about = known[mark]["about"]
     return Result(pd.concat(tables, ignore_index=True), {**about, "rule": RULE})
 
 
-def choose(result: Result) -> dict[str, Any]:
+def choose(result: Result, *, objective: str = "complete_refusal") -> dict[str, Any]:
     """The best setting of a sweep by `RULE`: its variant, layers and alpha, and what it scored.
 
+    Args:
+        objective: the metric that is maximised in the place of complete refusals; with a minus before
+            it, minimised (`"-attack_success"`).
+
     Raises:
-        MechguardError: the sweep holds no guarded setting, or not both kinds of prompts.
+        MechguardError: the sweep holds no guarded setting, lacks the objective, or has not both kinds of
+            prompts.
     """
     wide = result.table.pivot_table(index=list(SETTING), columns="metric", values="value").reset_index()
     needed = {"attack_success", "complete_refusal", "benign_compliance"}
     if not needed <= set(wide):
         raise MechguardError("choosing needs harmful and harmless prompts in the sweep")
+    wanted = objective.removeprefix("-")
+    if wanted not in wide:
+        metrics = ", ".join(sorted(set(result.table["metric"])))
+        raise MechguardError(f"objective {wanted!r} is not in the sweep, which has {metrics}")
     plain, guarded = wide[wide["variant"] == UNGUARDED], wide[wide["variant"] != UNGUARDED]
     if guarded.empty:
         raise MechguardError("the sweep holds no guarded setting to choose from")
@@ -112,11 +157,11 @@ def choose(result: Result) -> dict[str, Any]:
     if not feasible:  # no setting spares benign prompts: take the one that spares them most
         kept = guarded[guarded["benign_compliance"] == guarded["benign_compliance"].max()]
     ranked = kept.assign(
-        refusal=-kept["complete_refusal"].round(6),
+        reached=kept[wanted].round(6) * (1 if objective.startswith("-") else -1),
         size=kept["layers"].map(lambda text: len(parse_layers(text))),
         strength=kept["alpha"].abs(),
     )
-    order = ["refusal", "attack_success", "rank", "size", "strength"]
+    order = ["reached", "attack_success", "rank", "size", "strength"]
     best = ranked.sort_values(order, kind="stable").iloc[0]
     return {
         "variant": best["variant"],
@@ -124,7 +169,7 @@ def choose(result: Result) -> dict[str, Any]:
         "alpha": float(best["alpha"]),
         "rank": int(best["rank"]),
         "benign_compliance_kept": feasible,
-        "rule": RULE,
+        "rule": RULE if objective == "complete_refusal" else f"{RULE}; here for {objective}",
         "validation": {metric: round(float(best[metric]), 4) for metric in sorted(needed)},
     }
 
@@ -132,8 +177,15 @@ def choose(result: Result) -> dict[str, Any]:
 def make_guard(
     directions: Directions, *, variant: str, layers: Sequence[int], alpha: float, rank: int
 ) -> Guard:
-    """The guard of one setting of a sweep over `VARIANTS`."""
-    return _guard(directions.truncated(rank), VARIANTS[variant], layers, alpha)
+    """The guard of one setting of a sweep over `VARIANTS` or `ALTERNATIVES`."""
+    reading = {**ALTERNATIVES, **VARIANTS}[variant]
+    return _vlm_guard(directions.truncated(rank), reading, layers, alpha)
+
+
+def layer_sets(validation: Result, n_layers: int, *, sizes: Sequence[int] = (3,)) -> list[list[int]]:
+    """The layers that separate best on validation, so many at a time, and all of them."""
+    counts = dict.fromkeys(min(size, n_layers) for size in (*sizes, n_layers))
+    return [select_layers(validation, k=count) for count in counts]
 
 
 def format_layers(layers: Sequence[int]) -> str:
@@ -146,34 +198,60 @@ def parse_layers(text: Any) -> list[int]:
     return [int(word) for word in str(text).split()]
 
 
+def _scoped(variants: Mapping[str, Variant | Make], scopes: Sequence[Scope]) -> Mapping[str, Variant | Make]:
+    if not scopes:
+        return variants
+    found: dict[str, Variant | Make] = {}
+    for name, variant in variants.items():
+        if not isinstance(variant, Variant):
+            raise MechguardError(
+                f"scopes are set for readings of VLM-Guard only; {name!r} makes its own guard"
+            )
+        for scope in scopes:
+            found[f"{name}; {scope.positions}, {scope.phase}"] = replace(variant, scope=scope)
+    return found
+
+
 def _cells(
     directions: Directions,
     layers: Sequence[Sequence[int]],
     alphas: Sequence[float],
     ranks: Sequence[int],
-    variants: Mapping[str, Variant],
-) -> Iterator[tuple[dict[str, Any], Guard | None]]:
-    words = dict.fromkeys(("variant", "layers", "source", "phase"), UNGUARDED)
-    yield {**words, "alpha": 0.0, "rank": 0}, None
+    variants: Mapping[str, Variant | Make],
+) -> Iterator[tuple[dict[str, Any], AnyGuard | None]]:
+    words = ("variant", "layers", "source", "scope", "phase", "gate")
+    yield {**dict.fromkeys(words, UNGUARDED), "alpha": 0.0, "rank": 0}, None
     for name, rank, chosen, alpha in product(variants, ranks, layers, alphas):
-        variant = variants[name]
-        facts = {
-            "variant": name,
-            "layers": format_layers(chosen),
-            "alpha": float(alpha),
-            "rank": rank,
-            "source": variant.source,
-            "phase": variant.scope.phase,
-        }
-        yield facts, _guard(directions.truncated(rank), variant, chosen, alpha)
+        guard = _guard(directions.truncated(rank), variants[name], chosen, alpha)
+        facts = {"variant": name, "layers": format_layers(chosen), "alpha": float(alpha), "rank": rank}
+        yield {**facts, **_options(guard)}, guard
 
 
-def _guard(directions: Directions, variant: Variant, layers: Sequence[int], alpha: float) -> Guard:
+def _options(guard: AnyGuard) -> dict[str, str]:
+    if not isinstance(guard, Guard):
+        return dict.fromkeys(("source", "scope", "phase", "gate"), "several")
+    return {
+        "source": guard.source,
+        "scope": str(guard.scope.positions),
+        "phase": guard.scope.phase,
+        "gate": "always" if guard.gate is None else guard.gate.word,
+    }
+
+
+def _guard(directions: Directions, variant: Variant | Make, layers: Sequence[int], alpha: float) -> AnyGuard:
+    if isinstance(variant, Variant):
+        return _vlm_guard(directions, variant, layers, alpha)
+    return variant(directions, layers, alpha)
+
+
+def _vlm_guard(directions: Directions, variant: Variant, layers: Sequence[int], alpha: float) -> Guard:
     return vlm_guard(
         directions,
         layers=layers,
         alpha=alpha,
         project=variant.project,
+        gate=variant.gate,
         source=variant.source,
         scope=variant.scope,
+        keep_norm=variant.keep_norm,
     )

@@ -45,12 +45,15 @@ class Response:
         tokens: how many tokens were generated.
         ids: the generated token ids, up to and with the end of the sequence.
         gates: for each layer of the guard, whether this row's gate was open.
+        extra_passes: forward passes of this row beyond those of a plain answer: the language model's over the
+            text, or over every token if it reads along, and those that read the picture first.
     """
 
     text: str
     tokens: int
     ids: tuple[int, ...] = ()
     gates: dict[int, bool] = field(default_factory=dict)
+    extra_passes: int = 0
 
 
 def collect(
@@ -381,7 +384,17 @@ def _guarded_responses(
             with tracer.invoke():
                 sequences = tracer.result.save()
     generated = sequences[: len(batch), encoded["input_ids"].shape[1] :]
-    return _as_responses(model, generated, steering.gates)
+    answers = _as_responses(model, generated, steering.gates)
+    return [
+        replace(answer, extra_passes=read + _teacher_passes(guards, answer.tokens))
+        for answer, read in zip(answers, steering.reading_passes, strict=True)
+    ]
+
+
+def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
+    if any(guard.source == "llm-stream" for guard in guards):
+        return tokens
+    return int(any(guard.supervised for guard in guards))
 
 
 def _begin(
@@ -391,7 +404,7 @@ def _begin(
     if not guards:
         return None, model.encode(batch)
     supervised = [guard for guard in guards if guard.supervised]
-    texts = _supervising_texts(model, batch, supervised) if supervised else []
+    texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
     streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
     encoded = model.encode(rows)
@@ -402,25 +415,34 @@ def _begin(
         found = _trace_states(teacher, texts, layers, "last", (), teacher)
         states = dict(zip(layers, found.to(model.device), strict=True))
     where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
-    return Steering(guards, where, teacher_states=states, shared_pass=streams), encoded
+    steering = Steering(guards, where, teacher_states=states, shared_pass=streams)
+    steering.reading_passes = passes
+    return steering, encoded
 
 
-def _supervising_texts(model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard]) -> list[Prompt]:
-    """What the language model reads: the text, behind what the VLM reads off the picture if asked to."""
+def _supervising_texts(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard]
+) -> tuple[list[Prompt], list[int]]:
+    """What the language model reads: the text, behind what the VLM reads off the picture if asked to.
+
+    Also how many forward passes of each row that reading took.
+    """
     questions = {guard.reads for guard in guards}
     if len(questions) > 1:
         raise MechguardError("guards that act together must supervise from the same text; `reads` differs")
     question = questions.pop()
     texts = list(Prompts(batch).with_image("none"))
+    passes = [0] * len(batch)
     if question is None:
-        return texts
+        return texts, passes
     pictured = [row for row, prompt in enumerate(batch) if prompt.images]
     asked = [replace(batch[row], text=question) for row in pictured]
     settings = {"do_sample": False, "max_new_tokens": READING_TOKENS}
     read = _plain_responses(model, asked, settings) if asked else []
     for row, answer in zip(pictured, read, strict=True):
         texts[row] = replace(texts[row], text=f"{answer.text} {texts[row].text}")
-    return texts
+        passes[row] = answer.tokens
+    return texts, passes
 
 
 def _check_teacher(teacher: VLM, model: VLM, layers: list[int]) -> None:

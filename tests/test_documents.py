@@ -74,6 +74,26 @@ def test_the_readmes_numbers_are_those_of_the_demo():
     assert set(table["n"]) == {150}
 
 
+def test_the_readmes_comparison_is_the_committed_one():
+    table = mg.Result.load(ROOT / "figures" / "defences").table
+    shown = (ROOT / "README.md").read_text()
+    methods = [name for name in dict.fromkeys(table["guard"]) if ";" not in name]
+    cells = {
+        "test/blank": "complete_refusal",
+        "test/image": "complete_refusal",
+        "questions/image": "visual_accuracy",
+    }
+    block = shown.split("from figures/defences.csv")[1]
+    for name in methods:
+        line = re.search(rf"^\| {re.escape(name)} \|.*$", block, re.MULTILINE)[0]
+        for where, metric in cells.items():
+            setting, condition = where.split("/")
+            rows = table[(table["guard"] == name) & (table["metric"] == metric)]
+            row = rows[(rows["setting"] == setting) & (rows["condition"] == condition)].iloc[0]
+            assert f"| {shown_rate(row)} |" in line
+    assert set(table["n"]) == {100}
+
+
 def test_the_readmes_table_of_families_is_the_packaged_one():
     shown = (ROOT / "README.md").read_text()
     for row in read_families().itertuples(index=False):

@@ -4,10 +4,15 @@ import json
 
 import pandas as pd
 import pytest
+import tiny
+from typer.testing import CliRunner
 
 import mechguard as mg
+from mechguard import sweeps
+from mechguard.cli import app
 from mechguard.evaluation import judge_responses, measure_behaviour
-from mechguard.sweeps import VARIANTS, choose, format_layers, parse_layers
+from mechguard.guards.moves import Add
+from mechguard.sweeps import ALTERNATIVES, VARIANTS, choose, format_layers, parse_layers
 
 
 def responses(texts: list[str], label: str) -> pd.DataFrame:
@@ -101,6 +106,92 @@ def test_a_sweep_holds_every_setting_and_the_unguarded_model(vlm, prompts):
         *(("B, LLM held", layers, alpha) for layers in ("0", "1 2") for alpha in (1.0, -1.0)),
     }
     assert set(result.table["split"]) == {"validation"}
+
+
+@pytest.fixture(scope="module")
+def toy_ssd(vlm, prompts):
+    return mg.fit_directions(mg.collect(vlm.llm, prompts, progress=False), rank=2)
+
+
+def toy_sweep(vlm, prompts, ssd, **options):
+    fixed = dict(layers=[[0]], alphas=[1.0], conditions=["text"], max_new_tokens=2, progress=False)
+    return mg.sweep(vlm, prompts[:4], ssd, **{**fixed, **options})
+
+
+def test_a_sweep_that_was_killed_goes_on_with_the_same_numbers(vlm, prompts, toy_ssd, tmp_path, monkeypatch):
+    grid = dict(alphas=[1.0, 2.0], ranks=[1, 2], variants={"B": VARIANTS["B, LLM held"]})
+    whole = toy_sweep(vlm, prompts, toy_ssd, out=tmp_path / "cells.jsonl", **grid)
+    lines = (tmp_path / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 4
+    (tmp_path / "cells.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:30])  # cut within a line
+    asked = []
+    plain = sweeps.evaluate
+    monkeypatch.setattr(sweeps, "evaluate", lambda *a, **b: asked.append(1) or plain(*a, **b))
+    again = toy_sweep(vlm, prompts, toy_ssd, out=tmp_path / "cells.jsonl", **grid)
+    assert len(asked) == 3
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    toy_sweep(vlm, prompts[4:], toy_ssd, out=tmp_path / "cells.jsonl", **grid)  # other prompts: measured anew
+    assert len(asked) == 3 + 5
+
+
+def test_scopes_and_methods_of_ones_own_can_be_swept(vlm, prompts, toy_ssd):
+    def add(directions, layers, alpha):
+        vectors = directions.data[layers, 0]
+        return mg.Guard("push", tuple(layers), Add(vectors, alpha))
+
+    scopes = [mg.Scope("all", "prompt"), mg.Scope("last", "generated")]
+    scoped = toy_sweep(vlm, prompts, toy_ssd, variants={"B": VARIANTS["B, LLM held"]}, scopes=scopes)
+    guarded = scoped.table[scoped.table["variant"] != "none"]
+    assert list(dict.fromkeys(zip(guarded["scope"], guarded["phase"], strict=True))) == [
+        ("all", "prompt"),
+        ("last", "generated"),
+    ]
+    own = toy_sweep(vlm, prompts, toy_ssd, variants={"push": add})
+    assert set(own.table["guard"]) == {"none", "push"}
+    with pytest.raises(ValueError, match="'push' makes its own guard"):
+        toy_sweep(vlm, prompts, toy_ssd, variants={"push": add}, scopes=scopes)
+
+
+def test_alternatives_differ_from_the_default_in_one_option():
+    default = vars(ALTERNATIVES["default"])
+    for name, variant in ALTERNATIVES.items():
+        changed = [key for key, value in vars(variant).items() if value != default[key]]
+        assert len(changed) == (name != "default")
+
+
+def test_another_objective_chooses_another_setting():
+    rows = [
+        *setting("none", "none", 0, 0.6, 0.3, 1.0),
+        *setting("B, LLM held", "1", 1, 0.2, 0.9, 1.0),
+        *setting("B, LLM held", "2", 1, 0.1, 0.4, 1.0),
+    ]
+    result = mg.Result(pd.DataFrame(rows))
+    assert choose(result)["layers"] == [1]
+    assert choose(result, objective="-attack_success")["layers"] == [2]
+    with pytest.raises(ValueError, match="objective 'speed' is not in the sweep, which has attack_success"):
+        choose(result, objective="speed")
+
+
+def test_the_command_sweeps_and_says_what_is_best(tmp_path):
+    folder = tiny.save_llava(tmp_path / "model")
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs = tiny.prompts(pairs=8)
+    for name, rows in {
+        "anchors": pairs[:8],
+        "validation": pairs[8:12],
+        "malicious": pairs[12:].with_label("harmful"),
+        "benign": pairs[12:].with_label("harmless"),
+    }.items():
+        rows.save(data / f"{name}.jsonl")
+    words = ["sweep", str(folder), "--data", str(data), "--out", str(tmp_path / "out"), "--quiet"]
+    words += ["--layers", "0 1", "--alpha", "1", "--condition", "text", "--alternatives"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "best for complete_refusal: variant" in done.output
+    table = mg.Result.load(tmp_path / "out" / "sweep").table
+    assert set(table["variant"]) == {"none", *ALTERNATIVES}
+    assert (tmp_path / "out" / "sweep_attack_success.html").is_file()
 
 
 def setting(variant: str, layers: str, alpha: float, attack: float, complete: float, benign: float, rank=1):

@@ -469,3 +469,21 @@ def test_a_reading_of_the_picture_joins_the_text_that_supervises(vlm, text, anch
         rtol=1e-3,
     )
     assert tiny.SPECIAL
+
+
+def test_extra_passes_are_counted(vlm, text, anchors):
+    ssd = mg.fit_directions(text)
+    sent = anchors[:3].with_image("noise")
+    question = "what is in the picture ?"
+
+    def passes(guard):
+        return [(a.extra_passes, a.tokens) for a in mg.respond(vlm, sent, guard=guard, progress=False)]
+
+    plain, once = passes(None), passes(g.vlm_guard(ssd, layers=LAYERS, source="llm"))
+    assert {extra for extra, _ in plain} == {0}
+    assert {extra for extra, _ in once} == {1}
+    assert all(extra == tokens for extra, tokens in passes(g.vlm_guard(ssd, layers=LAYERS)))
+    asked = mg.Prompts([mg.Prompt(p.id, question, image="noise") for p in sent])
+    read = mg.respond(vlm, asked, max_new_tokens=32, progress=False)
+    first = passes(g.vlm_guard(ssd, layers=LAYERS, source="llm", reads=question))
+    assert [extra for extra, _ in first] == [1 + answer.tokens for answer in read]

@@ -213,6 +213,17 @@ def test_a_sweep_heatmap_has_a_cell_per_layers_and_alpha_and_a_panel_per_variant
     assert "unguarded 50%" in panel_titles(figure)[0]
 
 
+def test_a_sweep_of_many_variants_gives_each_a_row():
+    table = pretend.sweep().where(layers=["none", "3"], alpha=[0.0, 1.0]).table
+    guarded = table[table["layers"] == "3"]
+    many = [guarded[guarded["variant"] == "B, LLM held"].assign(variant=f"option {n}") for n in range(7)]
+    figure = plots.sweep_heatmap(
+        Result(pd.concat([table[table["layers"] == "none"], *many])), metric="attack_success"
+    )
+    assert len(figure.data) == 2  # one panel a condition
+    assert list(figure.data[0].y) == [f"option {n}" for n in range(7)][::-1]
+
+
 def test_a_sweep_heatmap_is_the_same_after_saving(tmp_path: Path):
     result = pretend.sweep().where(layers=["", "3"])
     saved = Result.load(result.save(tmp_path / "sweep"))

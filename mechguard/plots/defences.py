@@ -67,7 +67,8 @@ def defences(result: Result, *, setting: str | None = None) -> go.Figure:
             for value in panel.loc[panel["guard"] == UNGUARDED, "value"]:
                 figure.add_vline(value, line={"color": GREY, "dash": "dot"}, row=row, col=column)
     figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%")
-    figure.update_yaxes(categoryorder="array", categoryarray=[escape(name) for name in methods[::-1]])
+    order = {"categoryorder": "array", "categoryarray": [escape(name) for name in methods[::-1]]}
+    figure.update_yaxes(**order, range=[-0.6, len(methods) - 0.4])
     figure.update_yaxes(tickfont={"size": 12})
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top"}
     figure.update_layout(margin_t=130, legend=legend)

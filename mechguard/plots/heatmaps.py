@@ -13,6 +13,7 @@ from mechguard.plots.style import draws, facets, headed, metric_name, rows_of_me
 from mechguard.result import UNGUARDED, Result
 
 FACETS = ("condition", "variant")
+MOST_COLUMNS = 5  # panels beside each other
 # Where low is good, the scale is turned, so that the bright end is the good one in every figure.
 LOW_IS_GOOD = ("attack_success", "benign_keyword_refusal", "benign_complete_refusal")
 
@@ -39,14 +40,16 @@ def sweep_heatmap(result: Result, *, metric: str) -> go.Figure:
     figure = facets(
         [_title(c, v, plain) for c in conditions for v in variants],
         columns=len(variants),
-        height=190 + 170 * len(conditions),
+        height=190 + max(170, 26 * cells["layers"].nunique()) * len(conditions),
         shared_xaxes=True,
         shared_yaxes=True,
         horizontal_spacing=0.02,
         vertical_spacing=0.28 / len(conditions),
     )
     # The same rows in every panel: panels that share an axis must agree on the order of its words.
-    order = sorted(cells["layers"].unique(), key=lambda text: (len(text.split(",")[0].split()), text))
+    order = list(dict.fromkeys(cells["layers"]))[::-1]
+    if variants != [""]:
+        order.sort(key=lambda text: (len(text.split(",")[0].split()), text))
     for (condition, variant), panel in cells.groupby(list(FACETS), sort=False):
         place = (conditions.index(condition) + 1, variants.index(variant) + 1)
         figure.add_trace(_heatmap(panel, order), row=place[0], col=place[1])
@@ -57,7 +60,7 @@ def sweep_heatmap(result: Result, *, metric: str) -> go.Figure:
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_xaxes(title_text="alpha", row=len(conditions))
     figure.update_yaxes(type="category", showgrid=False)
-    figure.update_yaxes(title_text="layers", col=1)
+    figure.update_yaxes(title_text="" if variants == [""] else "layers", col=1)
     subtitle = f"{sample(rows)} per cell; bright is good"
     return headed(figure, f"{metric_name(metric)} by layers and strength", subtitle)
 
@@ -68,6 +71,9 @@ def _with_facets(cells: pd.DataFrame) -> pd.DataFrame:
     layers = filled["layers"].map(_layers_text)
     if "rank" in filled and filled["rank"].nunique() > 1:
         layers = layers + ", rank " + filled["rank"].astype(str)
+    if filled["variant"].nunique() > MOST_COLUMNS:  # too many for panels: a row each
+        layers = filled["variant"] + (", layers " + layers if layers.nunique() > 1 else "")
+        filled = filled.assign(variant="")
     return filled.assign(layers=layers)
 
 
