@@ -70,7 +70,6 @@ _HOMES = {
     "choose": "sweeps",
     "Result": "result",
     "write_report": "report",
-    "explore": "explorer",
     "run_study": "study",
     "MechguardError": "errors",
 }
@@ -85,7 +84,6 @@ if TYPE_CHECKING:
     from mechguard.doctor import diagnose
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
-    from mechguard.explorer import explore
     from mechguard.gap import measure_modality_gap
     from mechguard.guards import (
         Chain,

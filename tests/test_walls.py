@@ -27,7 +27,7 @@ ROWS = [
     {"guards"},
     {"tracing"},
     {"evaluation", "report", "doctor"},
-    {"sweeps", "searches", "explorer"},
+    {"sweeps", "searches"},
     {"study", "comparison"},
     {"cli"},
     {"__main__"},
@@ -104,7 +104,7 @@ def test_plots_and_statistics_import_neither_torch_nor_a_model():
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
-OPTIONAL = {"kaleido", "optuna", "ipywidgets", "anywidget", "IPython"}  # looked for, and done without where it is missing
+OPTIONAL = {"kaleido", "optuna"}  # looked for, and done without where it is missing
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
