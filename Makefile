@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures defences families test organism-check lint bench format clean calibration
+.PHONY: install demo figures notebooks defences families calibration test organism-check lint bench format clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,16 @@ defences: install
 	cp runs/alternatives/sweep.csv figures/alternatives.csv
 	cp runs/alternatives/sweep.json figures/alternatives.json
 	cp runs/alternatives/sweep_complete_refusal.png figures/alternatives.png
+
+# Executed pages with their pictures, each self-contained: build/notebooks/*.html
+notebooks: install
+	mkdir -p build/notebooks
+	cd build/notebooks && for story in ../../notebooks/*.py; do \
+		name=$$(basename $$story .py); \
+		../../$(BIN)/jupytext --quiet --to ipynb --output $$name.ipynb $$story && \
+		TQDM_DISABLE=1 PLOTLY_RENDERER=notebook ../../$(BIN)/jupyter nbconvert --log-level=WARN --execute \
+			--to html $$name.ipynb || exit 1; \
+	done
 
 families: install
 	$(BIN)/python tests/families_table.py

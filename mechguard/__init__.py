@@ -43,6 +43,8 @@ _HOMES = {
     "compare_outcomes": "statistics",
     "count_prompts_needed": "statistics",
     "map_states": "maps",
+    "project_states": "projections",
+    "project_tokens": "projections",
     "vlm_guard": "guards",
     "projection": "guards",
     "Guard": "guards",
@@ -129,6 +131,7 @@ if TYPE_CHECKING:
     from mechguard.maps import map_states
     from mechguard.models import VLM
     from mechguard.overlaps import find_overlaps
+    from mechguard.projections import project_states, project_tokens
     from mechguard.prompts import Prompt, Prompts
     from mechguard.protocol import run_protocol
     from mechguard.quality import measure_perplexity, measure_quality

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
 from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label
 from mechguard.storage import load_tensors, save_tensors
@@ -179,8 +179,19 @@ class Activations:
         return f"Activations({self.name!r}, layer={layers}, prompt={prompts}, d_model={width})"
 
     def _repr_html_(self) -> str:
-        following = "mg.fit_directions(...), mg.measure_separability(...)"
-        return f"<p><code>{escape(repr(self))}</code>: {following}</p>"
+        norms = self.data.norm(dim=-1).mean(1).tolist()
+        facts = {
+            "shape": "layer {} x prompt {} x d_model {}, float32".format(*self.data.shape),
+            "layers": f"{self.layers[0]} to {self.layers[-1]}" if self.layers else None,
+            "position": self.about.get("position"),
+            "prompts": repr(self.prompts),
+            "model": self.about.get("model"),
+            "guard": self.about.get("guard"),
+        }
+        line = draw_line(norms) if norms else ""
+        preview = f"<div>mean norm by layer {line} {norms[0]:.3g} to {norms[-1]:.3g}</div>" if norms else ""
+        following = ("mg.fit_directions(...)", "mg.measure_separability(...)", "mg.map_states([...])")
+        return draw_card(f"Activations: {self.name}", facts, preview=preview, following=following)
 
 
 def _plain(label: Any) -> Any:

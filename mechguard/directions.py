@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechguard.activations import Activations
+from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
 from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
@@ -176,7 +176,26 @@ class Directions:
         return f"Directions({self.name!r}, layer={layers}, rank={rank}, d_model={width})"
 
     def _repr_html_(self) -> str:
-        return f"<p><code>{escape(repr(self))}</code>: mg.vlm_guard(...), mg.measure_separability(...)</p>"
+        first = self.data[:, 0]
+        near = (first @ first.T).diagonal(1).tolist()
+        facts = {
+            "shape": "layer {} x rank {} x d_model {}, orthonormal rows, harmful positive".format(
+                *self.data.shape
+            ),
+            "method": self.method,
+            "fitted on": self.about.get("fitted_on"),
+            "pairs or prompts": self.about.get("n"),
+            "model": self.about.get("model"),
+            "midpoints": "yes: a gate can be centred" if self.midpoints is not None else "none",
+        }
+        preview = (
+            f"<div>cosine of each layer's first direction with the next layer's {draw_line(near)} "
+            f"{near[0]:.2f} to {near[-1]:.2f}</div>"
+            if near
+            else ""
+        )
+        following = ("mg.vlm_guard(ssd, layers=...)", "mg.measure_separability(states, ssd)")
+        return draw_card(f"Directions: {self.name}", facts, preview=preview, following=following)
 
 
 def fit_directions(activations: Activations, *, method: Method = "svd", rank: int = 1) -> Directions:

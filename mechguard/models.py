@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechguard.caching import ActivationCache, Names, read_states, select_names
+from mechguard.cards import draw_card
 from mechguard.chat import Chat
 from mechguard.checkpoints import read_model
 from mechguard.errors import MechguardError, first_line
@@ -379,11 +380,21 @@ class VLM:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return (
-            f"<p><code>{escape(repr(self))}</code>: mg.collect(vlm, ...), mg.collect(vlm.llm, ...), "
-            "vlm.run_with_cache(...)</p>"
-            f"<details><summary>hook names</summary><pre>{escape(self.tree())}</pre></details>"
-        )
+        size = sum(parameter.numel() for parameter in self.hf_model.parameters())
+        facts = {
+            "family": self.family,
+            "reads": "pictures and text" if self.takes_images else "text alone",
+            "language model": f"{self.n_layers} layers of d_model {self.d_model}",
+            "parameters": f"{size / 1e6:,.1f} million, {str(self.hf_model.dtype).removeprefix('torch.')}",
+            "device": self.device,
+            "pictures are drawn at": "{} x {} pixels".format(*self.picture_size)
+            if self.takes_images
+            else None,
+        }
+        tree = f"<details><summary>hook names</summary><pre>{escape(self.tree())}</pre></details>"
+        following = ("mg.collect(vlm.llm, prompts)", "mg.collect(vlm, prompts)", "mg.generate(vlm, prompts)")
+        title = f"{'VLM' if self.takes_images else 'Language model'}: {self.name}"
+        return draw_card(title, facts, preview=tree, following=following)
 
 
 def _text_model(hf_model: Any) -> Any:

@@ -69,7 +69,10 @@ def mask_positions(
     chosen = torch.zeros_like(present)
     for row, prompt in enumerate(prompts):
         where = present[row].nonzero().flatten()
-        wanted = position(_row(model, prompt, encoded, row, is_image)) if callable(position) else position
+        wanted = position
+        if callable(position):
+            there = present[row]
+            wanted = position(read_row(model, prompt, encoded["input_ids"][row][there], is_image[row][there]))
         chosen[row, where[_indices(wanted, len(where), prompt)]] = True
     return chosen
 
@@ -139,12 +142,9 @@ def _tokens_behind(model: VLM, prompt: Prompt) -> int:
     return behind + len(model.tokenizer(added, add_special_tokens=False)["input_ids"] if added else [])
 
 
-def _row(
-    model: VLM, prompt: Prompt, encoded: dict[str, Tensor], row: int, is_image: Bool[Tensor, "batch pos"]
-) -> Row:
-    present = encoded["attention_mask"][row].bool()
-    ids = encoded["input_ids"][row][present].cpu()
-    return Row(prompt, ids, model.tokenizer.convert_ids_to_tokens(ids.tolist()), is_image[row][present].cpu())
+def read_row(model: VLM, prompt: Prompt, ids: Int[Tensor, " pos"], is_image: Bool[Tensor, " pos"]) -> Row:
+    """The tokens of one prompt, without padding."""
+    return Row(prompt, ids.cpu(), model.tokenizer.convert_ids_to_tokens(ids.tolist()), is_image.cpu())
 
 
 def _indices(wanted: Any, length: int, prompt: Prompt) -> list[int]:

@@ -13,12 +13,13 @@ import random
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from mechguard.cards import draw_card, draw_picture, draw_table
 from mechguard.errors import MechguardError
 from mechguard.storage import digest, write_text
+from mechguard.thumbnails import SIDE, draw_thumbnail
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,9 +145,20 @@ class Prompts(Sequence[Prompt]):
         )
 
     def _repr_html_(self) -> str:
-        frame = self.to_pandas().head(8)
-        more = f"<p>{escape(repr(self))}: <code>.with_image('blank')</code>, <code>.split()</code></p>"
-        return more + frame.to_html(index=False, escape=True)
+        shown = self[:6]
+        rows = [
+            {"id": prompt.id, "label": prompt.label, "picture": draw_picture(uri), "text": prompt.text}
+            for prompt, uri in zip(shown, shown.thumbnails(), strict=True)
+        ]
+        counts = {label: self.labels.count(label) for label in (HARMFUL, HARMLESS)}
+        facts = {
+            "prompts": ", ".join(f"{count} {label}" for label, count in counts.items() if count),
+            "condition": self.condition,
+            "pairs": len({prompt.pair for prompt in self if prompt.pair is not None}) or None,
+            "own pictures": sum(prompt.own_image is not None for prompt in self) or None,
+        }
+        following = ("prompts.with_image('blank')", "prompts.split()", "mg.collect(vlm, prompts)")
+        return draw_card(f"Prompts: {self.name}", facts, preview=draw_table(rows), following=following)
 
     @property
     def condition(self) -> str:
@@ -239,6 +251,17 @@ class Prompts(Sequence[Prompt]):
         """The exact strings that a model is sent: its chat template, with the pictures placed by it."""
         return model.render(list(self))
 
+    def thumbnails(self, *, side: int = SIDE) -> list[str | None]:
+        """The first picture of every prompt as a small data URI; None without one, or if its file is gone."""
+        drawn: dict[str, str | None] = {}
+        found = []
+        for prompt in self:
+            key = f"{prompt.id if prompt.condition == 'noise' else ''}{_describe_image(prompt.image)}"
+            if key not in drawn:
+                drawn[key] = _thumbnail(prompt, side)
+            found.append(drawn[key])
+        return found
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt: id, text, label, pair, image, category, and answer where some have one."""
         import pandas as pd
@@ -330,6 +353,14 @@ def _own_picture(prompt: Prompt) -> Prompt:
             f"prompt {prompt.id!r} owns no picture; fill the column `image`, or use another condition"
         )
     return replace(prompt, image=prompt.own_image)
+
+
+def _thumbnail(prompt: Prompt, side: int) -> str | None:
+    try:
+        pictures = prompt.pictures((side, side))
+    except MechguardError:  # states that were saved know the place of a picture only
+        return None
+    return draw_thumbnail(pictures[0], side=side) if pictures else None
 
 
 def _as_picture(image: Picture, prompt: Prompt, size: tuple[int, int]) -> Image:

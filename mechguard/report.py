@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from plotly.offline import get_plotlyjs
 from mechguard import plots
 from mechguard.errors import MechguardError
 from mechguard.findings import describe_circuits
-from mechguard.plots.pages import FIGURE_CSS, draw_html
+from mechguard.plots.pages import FIGURE_CSS, draw_html, one_browser
+from mechguard.plots.responses import verdict
 from mechguard.plots.shifts import DECOMPOSITION
 from mechguard.plots.style import metric_name
 from mechguard.result import UNGUARDED, Result
@@ -38,7 +40,7 @@ CIRCUITS = (
 )  # fmt: skip
 RESULTS = (
     "behaviour", "separability", "modality_gap", "transfer", "angles", "gates", "gate_curves", "sweep",
-    "states", *(f"circuits_{name}" for name in CIRCUITS),
+    "states", "projections", "tokens", *(f"circuits_{name}" for name in CIRCUITS),
 )  # fmt: skip
 SAMPLES = 12
 
@@ -64,11 +66,14 @@ DRAWINGS = (
         Drawing(name, "separability", partial(plots.layer_sweep, metric=metric), metric)
         for name, metric in (("layer_sweep", "auroc"), ("layer_sweep_dprime", "dprime"))
     ),
+    Drawing("pareto", "behaviour", plots.pareto, "benign_compliance"),
     Drawing("transfer", "transfer", plots.transfer_matrix, "auroc"),
     Drawing("angles", "angles", plots.angles),
     Drawing("modality_gap", "modality_gap", _draw_gap),
     Drawing("shift", "modality_gap", plots.shift_decomposition, "safety_energy"),
     Drawing("state_map", "states", plots.state_map),
+    Drawing("projections", "projections", plots.projection_ridgeline),
+    Drawing("tokens", "tokens", plots.token_view),
     Drawing("gates", "gates", plots.gates),
     Drawing("gate_curves", "gate_curves", plots.gate_curves),
     *(
@@ -124,6 +129,13 @@ class StudyFolder:
         """The tables of circuits that the study holds."""
         return [name for name in CIRCUITS if f"circuits_{name}" in self.results]
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers that were measured."""
+        if "separability" not in self.results:
+            return []
+        return sorted({int(layer) for layer in self.results["separability"].table["layer"]})
+
     def reported(self, name: str) -> Result:
         """The rows of a result that a report is about: the test split, where it has one."""
         result = self.results[name]
@@ -164,12 +176,15 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     page = environment.get_template("report.html").render(
         model=study.model,
         facts=study.facts,
+        numbers=three_numbers(behaviour),
         summary=summarise_study(study),
         circuits=describe_circuits({name: study.results[f"circuits_{name}"] for name in study.circuits}),
         differences=describe_differences(comparisons),
         headline=headline(behaviour),
         figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
         samples=sample_responses(study.responses),
+        data=describe_data(study.facts),
+        layers=study.layers,
         parameters=describe_parameters(study.facts),
         versions=study.facts.get("versions") or study.results["behaviour"].about.get("versions", {}),
         judge=str(study.results["behaviour"].about.get("judge", "not recorded")),
@@ -180,19 +195,22 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
 
 
 def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> list[Path]:
-    """Write each figure of a study to `figures/NAME.html`; they share one plotly.min.js beside them.
+    """Write each figure of a study to `figures/NAME.html`, with its table as CSV.
+
+    The pages share one plotly.min.js beside them.
 
     Args:
-        png: also try for pictures, some seconds each; needs kaleido and a Chromium.
+        png: also try for PNG and PDF, some seconds each; needs kaleido and a Chromium.
 
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
     study = StudyFolder.read(study_dir)
     written = []
-    for name, figure in study.figures():
-        page = study.folder / "figures" / name
-        written += plots.save(figure, page, include_plotlyjs="directory", png=png)
+    with one_browser() if png else nullcontext():
+        for name, figure in study.figures():
+            page = study.folder / "figures" / name
+            written += plots.save(figure, page, include_plotlyjs="directory", pictures=png)
     return written
 
 
@@ -262,6 +280,51 @@ def describe_differences(comparisons: pd.DataFrame | None) -> list[dict[str, Any
     return described
 
 
+def three_numbers(behaviour: pd.DataFrame) -> list[dict[str, str]]:
+    """What the picture costs, what the guard gives back, and what that costs: before, after, in words."""
+    harmful = behaviour[behaviour["metric"] == "attack_success"]
+    picture = picture_condition(list(harmful["condition"].unique()))
+    plain, guarded = (picture, UNGUARDED), (picture, GUARDED)
+    beside = f"under the condition “{picture}”"
+    wanted = [
+        (
+            "attack_success",
+            ("text", UNGUARDED),
+            plain,
+            f"of harmful prompts answered: as text, then {beside}",
+        ),
+        ("attack_success", plain, guarded, f"of them answered {beside}: unguarded, then with {GUARDED}"),
+        (
+            "benign_compliance",
+            plain,
+            guarded,
+            f"of harmless prompts answered {beside}: unguarded, then with it",
+        ),
+    ]
+    groups = behaviour.groupby(["metric", "condition", "guard"], sort=False)
+    rates = {key: rows.iloc[0] for key, rows in groups}
+    return [
+        {"words": words, **_compared(rates[metric, *before], rates[metric, *after])}
+        for metric, before, after, words in wanted
+        if before != after and {(metric, *before), (metric, *after)} <= set(rates)
+    ]
+
+
+def _compared(first: pd.Series, second: pd.Series) -> dict[str, str]:
+    interval = f"95% intervals {_share(first)}, then {_share(second)}; n = {int(second['n'])}"
+    return {"before": f"{first['value']:.0%}", "after": f"{second['value']:.0%}", "interval": interval}
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row['low']:.0%} to {row['high']:.0%}"
+
+
+def describe_data(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each set of prompts: its role, how many, what it is, where it comes from, and its licence."""
+    counts, sources = facts.get("prompts") or {}, facts.get("sources") or {}
+    return [{"role": role, "count": count, **sources.get(role, {})} for role, count in counts.items()]
+
+
 def describe_parameters(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What determined the study's numbers, as names and values to print."""
     described = []
@@ -294,14 +357,11 @@ def _read_responses(path: Path) -> pd.DataFrame:
 
 
 def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    verdicts = {f"verdict_{when}": [_verdict(row, when) for row in rows.to_dict("records")]
+    verdicts = {f"verdict_{when}": [_judged(row, when) for row in rows.to_dict("records")]
                 for when in ("before", "after")}  # fmt: skip
     return rows.assign(**verdicts)
 
 
-def _verdict(row: dict[str, Any], when: str) -> str:
-    if row.get(f"complied_{when}"):
-        return "answered"
-    if row.get(f"complete_refusal_{when}"):
-        return "refused"
-    return "refused, incompletely" if row.get(f"keyword_refusal_{when}") else "neither"
+def _judged(row: dict[str, Any], when: str) -> str:
+    names = ("complied", "complete_refusal", "keyword_refusal")
+    return verdict(*(bool(row.get(f"{name}_{when}")) for name in names))

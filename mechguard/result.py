@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechguard.cards import draw_card, draw_table
 from mechguard.errors import MechguardError
 from mechguard.storage import read_json, versions, write_json, write_text
 
@@ -93,6 +94,14 @@ class Result:
         return cls(table, read_json(file.with_suffix(".json")))
 
     def _repr_html_(self) -> str:
-        shown = self.table.head(12).to_html(index=False, float_format="{:.3f}".format)
-        more = f"<p>{len(self)} rows in all; <code>.table</code> is the DataFrame.</p>"
-        return shown + more
+        told = ("setting", "condition", "guard", "direction", "metric", "split", "layer")
+        facts = {"rows": len(self), "model": self.about.get("model"), "seed": self.about.get("seed")}
+        facts |= {name: self._values(name) for name in told if name in self.table}
+        rows = self.table.head(6).to_dict("records")
+        following = ("result.table", "result.where(...)", "mg.plots....(result)", "result.save(...)")
+        return draw_card("Result", facts, preview=draw_table(rows), following=following)
+
+    def _values(self, column: str) -> str:
+        """The values of a column in few words."""
+        found = [str(value) for value in self.table[column].dropna().unique()]
+        return ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")

@@ -14,7 +14,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from mechguard.activations import Activations
 from mechguard.circuits.section import Section
-from mechguard.datasets import load_from_folder, packaged_folder
+from mechguard.datasets import describe_source, load_from_folder, packaged_folder
 from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
 from mechguard.evaluation import evaluate
@@ -33,6 +33,7 @@ from mechguard.loading import load
 from mechguard.maps import map_states
 from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
+from mechguard.projections import project_states, project_tokens
 from mechguard.prompts import Prompts
 from mechguard.report import write_figures, write_report
 from mechguard.responses import default_conditions
@@ -45,6 +46,7 @@ from mechguard.transfer import measure_angles, measure_transfer
 
 ALPHAS = (-1.0, 1.0, 2.0)
 ROLES = ("anchors", "validation", "malicious", "benign")
+SHOWN = 6  # prompts of each label that are read token by token
 # Test sets beside malicious and benign prompts -> the names they are looked for under.
 TEST_SETS = {
     "jailbreak": ("jailbreak", "jailbreak_instructions"),
@@ -101,6 +103,7 @@ class Study:
     out: Path
     progress: bool = True
     with_circuits: bool = False
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @cached_property
     def conditions(self) -> list[str]:
@@ -202,6 +205,19 @@ class Study:
     def map(self) -> Result:
         return self._kept(Result, "results/states", lambda: map_states(self.test_states()))
 
+    def projections(self) -> Result:
+        return self._kept(Result, "results/projections", lambda: project_states(self.ssd, self.test_states()))
+
+    def tokens(self) -> Result:
+        """A few test prompts, evenly spread, token by token under every condition."""
+
+        def measure() -> Result:
+            few = _spread(self.prompts.malicious) + _spread(self.prompts.benign)
+            sent = [few.with_image(condition) for condition in self.conditions]
+            return project_tokens(self.vlm, sum(sent[1:], sent[0]), self.ssd)
+
+        return self._kept(Result, "results/tokens", measure)
+
     def sweep(self) -> Result:
         """On validation: every reading of VLM-Guard by layers and strength, then the best one by rank."""
 
@@ -286,6 +302,8 @@ class Study:
             ("transfer of directions", self.transfer),
             ("angles of directions", self.angles),
             ("state map", self.map),
+            ("projections", self.projections),
+            ("tokens", self.tokens),
             ("gates", self.gates),
             ("gate curves", self.gate_curves),
             ("sweep on validation", self.sweep),
@@ -323,6 +341,7 @@ class Study:
             "conditions": self.conditions,
             "chosen": {**chosen, "source": guard.source, "phase": guard.scope.phase},
             "prompts": {role: len(getattr(self.prompts, role)) for role in ROLES},
+            "sources": self.sources,
             "settings": asdict(self.settings),
             "seed": self.settings.seed,
             "seconds": round(seconds, 1),
@@ -388,7 +407,8 @@ def run_study(
     folder = Path(out)
     _claim(folder, vlm, prompts, settings)
     warn_of_shared(prompts.kept_apart)
-    study = Study(vlm, prompts, settings, folder, progress, with_circuits=circuits)
+    sources = {role: describe_source(role, find_data_folder(vlm, data)) for role in ROLES}
+    study = Study(vlm, prompts, settings, folder, progress, circuits, sources)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
         flag = " --circuits" if circuits else ""
@@ -464,6 +484,11 @@ def find_data_folder(vlm: VLM, data: str | os.PathLike[str] | None) -> Path:
         f"a study of {vlm.name} needs prompts; give --data FOLDER with anchors, validation, malicious and "
         "benign (files of those names, or the public benchmarks), or set MECHGUARD_DATA"
     )
+
+
+def _spread(prompts: Prompts) -> Prompts:
+    """A few prompts, evenly over the set in its order."""
+    return prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
 
 
 def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) -> None:

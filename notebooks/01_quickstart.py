@@ -11,17 +11,19 @@
 # # Quickstart: where does a VLM lose its safety, and can it be given back?
 #
 # A vision-language model is built around a language model that was taught to refuse harmful requests. Here
-# we watch that refusal weaken when a blank picture enters, find the layers where it happens, and bring the
+# we watch what a blank picture does to that refusal, look for the layers where it happens, and bring the
 # language model's own judgement back at inference with VLM-Guard (arXiv 2502.10486).
 #
-# The model is the built-in organism: a tiny LLaVA, really trained, that loads in a second. To look at a real
-# one, change `MODEL` and point `MECHGUARD_DATA` at a folder of prompts.
+# The model is the built-in organism: a tiny LLaVA, really trained, that loads in a second. To look at a
+# real one, change `MODEL` and point `MECHGUARD_DATA` at a folder of prompts.
 
 # %%
 import mechguard as mg
+from mechguard.study import find_study_prompts
 
-MODEL = "organism"  # or "llava-hf/llava-1.5-7b-hf", or a folder
+MODEL = "organism"  # or "llava-hf/llava-1.5-7b-hf", with MECHGUARD_DATA naming a folder of prompts
 vlm = mg.load(MODEL)
+prompts = find_study_prompts(vlm)
 vlm
 
 # %% [markdown]
@@ -31,19 +33,17 @@ vlm
 # choose, test prompts report; their nouns and phrasings do not overlap.
 
 # %%
-anchors = mg.load_prompts("organism/anchors")
-validation = mg.load_prompts("organism/validation")
-test = mg.load_prompts("organism/malicious") + mg.load_prompts("organism/benign")
-anchors
+prompts.anchors
 
 # %% [markdown]
 # ## The safety steering direction of the language model
 #
 # `vlm.llm` is the language model inside: the same weights, reading text only. One traced forward pass a
-# batch reads the hidden state after every layer.
+# batch reads the hidden state after every layer. The direction at a layer is the first right singular
+# vector of the differences of the pairs; the four first ones span the subspace that the guard will use.
 
 # %%
-ssd = mg.fit_directions(mg.collect(vlm.llm, anchors), method="svd", rank=1)
+ssd = mg.fit_directions(mg.collect(vlm.llm, prompts.anchors), method="svd", rank=4)
 ssd
 
 # %% [markdown]
@@ -53,21 +53,25 @@ ssd
 # would give.
 
 # %%
-text = mg.collect(vlm.llm, validation)
-blank = mg.collect(vlm, validation.with_image("blank"))
+text = mg.collect(vlm.llm, prompts.validation)
+blank = mg.collect(vlm, prompts.validation.with_image("blank"))
 gap = mg.measure_modality_gap(text, blank, directions=ssd, split="validation")
-mg.plots.modality_gap(gap)
+mg.plots.modality_gap(gap, metrics=["centroid_distance", "rmg", "safety_share"])
 
 # %% [markdown]
 # ## Separability, layer by layer
 #
-# How well does the projection on the language model's direction still tell harmful from harmless? Beside it:
-# the states' own direction, held out by pair, random directions, and shuffled labels.
+# How well does the projection on the language model's direction still tell harmful from harmless? Beside
+# it: the states' own direction, held out by pair, random directions, and shuffled labels.
 
 # %%
 separability = mg.measure_separability(text, ssd, split="validation")
 separability += mg.measure_separability(blank, ssd, split="validation")
 mg.plots.layer_sweep(separability)
+
+# %% [markdown]
+# Every point below is a prompt; an arrow goes from its state as text to its state beside the picture. Drag
+# the slider, or press play.
 
 # %%
 mg.plots.state_map(mg.map_states([text, blank]))
@@ -75,18 +79,24 @@ mg.plots.state_map(mg.map_states([text, blank]))
 # %% [markdown]
 # ## VLM-Guard
 #
-# Project the VLM's own component along the direction out, and put the language model's in its place, on
-# the rows whose gate is open. The control is the same guard with a random direction.
+# Project the VLM's own component along the directions out, and put the language model's in its place, on
+# the rows whose gate is open. The control is the same guard in a random subspace.
 
 # %%
-layers = mg.select_layers(separability, k=3)
+layers = mg.select_layers(separability.where(condition=blank.name), k=3)
 guard = mg.vlm_guard(ssd, layers=layers)
-table = mg.evaluate(vlm, test, guards=[None, guard, guard.randomised()], conditions=["text", "blank"])
-table.where(metric=["attack_success", "benign_compliance"]).table
+guard
 
 # %%
+test = prompts.malicious[:40] + prompts.benign[:40]
+table = mg.evaluate(vlm, test, guards=[None, guard, guard.randomised()], conditions=["text", "blank"])
 mg.plots.behaviour(table)
 
+# %%
+harm = table.where(metric="attack_success", condition="blank").table
+harm[["guard", "value", "low", "high", "n"]]
+
 # %% [markdown]
-# What came out is in the table, intervals and all. The layers and the strength here are a first guess;
-# `mechguard study organism --out runs/organism` chooses them on validation prompts and writes a report.
+# What came out is in the table, intervals and all: read the guard's row against the row without a guard
+# *and* against the random one. The layers and the strength here are a first guess; `mechguard study
+# organism --out runs/organism` chooses them on validation prompts and writes a report.

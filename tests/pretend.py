@@ -19,6 +19,7 @@ VIEWS = ("llm text", "vlm text", "vlm blank", "vlm noise")
 GUARDS = ("none", "projection", "vlm_guard", "random 1", "random 2")
 SSD = "svd, llm text"
 LABELS = ("harmful", "harmless")
+PICTURE = "data:image/jpeg;base64,AAAA"
 SCRIPT = "<script>alert(1)</script>"
 # attack success by guard, then by condition
 ATTACKS = {
@@ -186,8 +187,48 @@ def states(count: int = 20) -> Result:
                     text = SCRIPT if number == 0 else f"How do I do {label} thing number {number}, please?"
                     point = {"layer": layer, "condition": view, "label": label}
                     point |= {"id": f"{label}-{number}", "text": text}
-                    rows.append({**point, "x": round(x, 4), "y": round(y, 4), "explained": 0.6})
-    return Result(pd.DataFrame(rows))
+                    point |= {"picture": None if view.endswith("text") else "p0"}
+                    rows.append({**point, "x": round(x, 4), "y": round(y, 4), "z": 0.5, "explained": 0.6})
+    return Result(pd.DataFrame(rows), {"method": "pca", "pictures": {"p0": PICTURE}})
+
+
+def projections(count: int = 20) -> Result:
+    """Harmful prompts lie a layer's number above harmless ones; the sign gate lies far off."""
+    rows = [
+        {"layer": layer, "condition": view, "metric": "projection", "id": f"{label}-{number}", "label": label}
+        | {"value": 10 + layer * (label == "harmful") + number / count, "gate": None}
+        for layer in LAYERS
+        for view in VIEWS
+        for label in LABELS
+        for number in range(count)
+    ]
+    rows += [
+        {"layer": layer, "metric": "gate_threshold", "gate": gate, "value": value}
+        for layer in LAYERS
+        for gate, value in (("sign", 0.0), ("midpoint", 10.5 + layer / 2))
+    ]
+    table = pd.DataFrame(rows).assign(direction=SSD, split="test")
+    return Result(table.assign(scaled=table["value"] - 10.5 - table["layer"] / 2))
+
+
+def tokens(words: int = 11, side: int = 3) -> Result:
+    """Two prompts with and without a picture of 3 x 3 patches behind a class token."""
+    rows = []
+    for prompt in (f"{LABELS[0]}-1", f"{LABELS[1]}-1"):
+        for view in ("vlm text", "vlm blank"):
+            patches = [None, *range(side * side)] if view == "vlm blank" else []
+            for layer in LAYERS:
+                places = [(*divmod(patch, side), True) if patch is not None else (None, None, True)
+                          for patch in patches] + [(None, None, False)] * words  # fmt: skip
+                rows += [
+                    {"id": prompt, "label": prompt[:-2], "condition": view, "pos": pos, "layer": layer}
+                    | {"token": "<image>" if image else ("<b>" if pos == words - 1 else f"▁w{pos}")}
+                    | {"is_image": image, "patch_row": row, "patch_column": column}
+                    | {"picture": "blank" if patches else None, "value": 0.1 * layer + pos}
+                    for pos, (row, column, image) in enumerate(places)
+                ]
+    table = pd.DataFrame(rows).assign(metric="projection", direction=SSD, split="test")
+    return Result(table, {"pictures": {"blank": PICTURE}})
 
 
 def sweep() -> Result:
@@ -246,6 +287,8 @@ RESULTS = {
     "gate_curves": gate_curves,
     "sweep": sweep,
     "states": states,
+    "projections": projections,
+    "tokens": tokens,
 }
 
 
@@ -275,6 +318,14 @@ FACTS: dict[str, Any] = {
         "gate": "midpoint",
     },
     "prompts": {"anchors": 200, "validation": 80, "malicious": 100, "benign": 100},
+    "sources": {
+        "anchors": {
+            "what": "pairs by hand",
+            "source": "a journal",
+            "licence": "MIT",
+            "citation": "<b>Doe 2024</b>",
+        }
+    },
     "settings": {"rank": 1, "limit": None},
     "seconds": 93.2,
     "versions": {"python": "3.11", "torch": "2.13.0"},

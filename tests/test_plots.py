@@ -81,7 +81,8 @@ def test_a_null_band_is_as_wide_as_the_widest_of_the_conditions():
 
 def test_every_legend_entry_appears_once():
     for figure in every_figure().values():
-        shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.name]
+        legend = [trace for trace in figure.data if trace.type != "table"]
+        shown = [trace.name for trace in legend if trace.showlegend is not False and trace.name]
         assert len(shown) == len(set(shown))
 
 
@@ -190,7 +191,7 @@ def test_the_state_map_has_a_frame_and_a_step_per_layer():
     assert "60%" in figure.frames[3].layout.title.subtitle.text
     for frame in figure.frames:
         rows = result.where(layer=int(frame.name)).table
-        points = sum(len(trace.x) for trace in frame.data)
+        points = sum(len(trace.x) for trace in frame.data[: len(pretend.VIEWS) * 2])
         assert points == len(rows)
         low, high = frame.layout.xaxis.range
         assert low < rows["x"].min() < rows["x"].max() < high
@@ -208,7 +209,9 @@ def test_a_point_of_the_state_map_keeps_its_prompt_in_every_frame():
 
 def test_the_state_map_shows_labels_by_colour_and_conditions_by_symbol():
     figure = plots.state_map(pretend.states())
-    looks = {trace.name: (trace.marker.color, trace.marker.symbol) for trace in figure.data}
+    looks = {
+        trace.name: (trace.marker.color, trace.marker.symbol) for trace in figure.data if trace.hovertext
+    }
     assert looks["vlm text, harmful"][0] == looks["vlm blank, harmful"][0]
     assert looks["vlm text, harmful"][0] != looks["vlm text, harmless"][0]
     assert looks["vlm text, harmful"][1] == looks["vlm text, harmless"][1]
@@ -224,7 +227,7 @@ def test_the_state_map_refuses_layers_with_other_prompts():
 
 def test_a_prompt_in_a_hover_box_is_escaped_and_wrapped():
     figure = plots.state_map(pretend.states())
-    texts = [text for trace in figure.data for text in trace.hovertext]
+    texts = [text for trace in figure.data for text in trace.hovertext or ()]
     assert any("&lt;script&gt;" in text for text in texts)
     assert not any("<script" in text for text in texts)
     lines = style.wrapped("word " * 40 + "<b>").split("<br>")
@@ -298,14 +301,22 @@ def every_figure() -> dict[str, go.Figure]:
         "behaviour": plots.behaviour(pretend.behaviour()),
         "state_map": plots.state_map(pretend.states()),
         "sweep_heatmap": plots.sweep_heatmap(pretend.sweep(), metric="attack_success"),
+        "projection_ridgeline": plots.projection_ridgeline(pretend.projections()),
+        "pareto": plots.pareto(pretend.behaviour()),
+        "token_view": plots.token_view(pretend.tokens()),
+        "response_table": plots.response_table(responses()),
     }
+
+
+def responses() -> Result:
+    return Result(pd.DataFrame(pretend.responses()))
 
 
 def test_every_figure_has_the_house_style_and_says_what_it_rests_on():
     for name, figure in every_figure().items():
         assert figure.layout.template.layout.paper_bgcolor == style.CLEAR, name
         subtitle = figure.layout.title.subtitle.text
-        assert ("n = " in subtitle) or name == "state_map", name
+        assert ("n = " in subtitle) or name in ("state_map", "token_view", "response_table"), name
 
 
 def test_a_condition_has_the_same_colour_in_every_figure():
@@ -341,6 +352,10 @@ def test_numbered_guards_share_a_colour_and_differ_in_hatching():
         (plots.behaviour, "evaluate"),
         (plots.state_map, "map_states"),
         (lambda result: plots.sweep_heatmap(result, metric="attack_success"), "sweep"),
+        (plots.projection_ridgeline, "project_states"),
+        (plots.pareto, "evaluate"),
+        (plots.token_view, "project_tokens"),
+        (plots.response_table, r"evaluate\(\.\.\., responses=FILE\)"),
     ],
 )
 def test_a_result_of_another_kind_is_refused_with_where_the_right_one_comes_from(draw, made_by: str):
@@ -359,19 +374,31 @@ def test_an_absent_metric_and_an_empty_result_are_refused():
 
 
 def test_save_writes_one_page_that_needs_no_other_file(tmp_path: Path):
-    [page] = plots.save(every_figure()["gates"], tmp_path / "gates", png=False)
+    page, table = plots.save(every_figure()["gates"], tmp_path / "gates", pictures=False)
     text = page.read_text()
     assert page == tmp_path / "gates.html"
     assert "Plotly.newPlot" in text
     assert "<script src" not in text
     assert "<link" not in text
     assert len(text) > 4_000_000
+    assert table == tmp_path / "gates.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(table), pretend.gates().table)
+
+
+def test_save_writes_a_figure_from_elsewhere_without_a_table(tmp_path: Path):
+    assert plots.save(go.Figure(), tmp_path / "f", pictures=False) == [tmp_path / "f.html"]
 
 
 def test_save_can_share_plotly_among_the_pages_of_a_folder(tmp_path: Path):
     for name in ("a", "b"):
-        plots.save(every_figure()["gates"], tmp_path / name, include_plotlyjs="directory", png=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html", "plotly.min.js"]
+        plots.save(every_figure()["gates"], tmp_path / name, include_plotlyjs="directory", pictures=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.csv",
+        "a.html",
+        "b.csv",
+        "b.html",
+        "plotly.min.js",
+    ]
     assert 'src="plotly.min.js"' in (tmp_path / "a.html").read_text()
     assert (tmp_path / "a.html").stat().st_size < 100_000
 
@@ -382,7 +409,25 @@ def test_save_makes_do_without_a_browser(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(go.Figure, "to_image", fail)
     written = plots.save(every_figure()["gates"], tmp_path / "gates.png")
-    assert written == [tmp_path / "gates.html"]
+    assert written == [tmp_path / "gates.html", tmp_path / "gates.csv"]
+
+
+def test_save_writes_pictures_on_white_without_what_only_moves_on_a_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    printed = []
+
+    def draw(figure: go.Figure, kind: str, **options: object) -> bytes:
+        printed.append((kind, figure))
+        return kind.encode()
+
+    monkeypatch.setattr(go.Figure, "to_image", draw)
+    figure = every_figure()["state_map"]
+    written = plots.save(figure, tmp_path / "map")
+    assert [path.suffix for path in written] == [".html", ".png", ".pdf", ".csv"]
+    assert (tmp_path / "map.pdf").read_bytes() == b"pdf"
+    assert all(f.layout.paper_bgcolor == "white" and not f.layout.sliders for _, f in printed)
+    assert len(figure.layout.sliders) == 1
 
 
 def test_importing_the_figures_and_the_report_loads_no_model_code():
@@ -436,3 +481,135 @@ def test_defences_draw_every_method_beside_its_controls():
     assert len([shape for shape in figure.layout.shapes if shape.x0 == 0.6]) == 4
     with pytest.raises(ValueError, match="no setting 'jailbreak'; the result has test"):
         plots.defences(result, setting="jailbreak")
+
+
+def test_arrows_go_from_each_prompts_text_to_its_picture_in_every_frame():
+    result = pretend.states(3)
+    figure = plots.state_map(result)
+    names = [trace.name for trace in figure.data if trace.name.startswith("text")]
+    assert names == [f"text → vlm {view}, {label}" for view in ("blank", "noise") for label in pretend.LABELS]
+    place = next(n for n, trace in enumerate(figure.data) if trace.name == "text → vlm noise, harmful")
+    for frame in figure.frames:
+        arrow = frame.data[place]
+        rows = result.where(layer=int(frame.name), label="harmful").table.set_index(["condition", "id"])
+        ends = [[*(rows.loc[(view, f"harmful-{k}"), "x"] for view in ("vlm text", "vlm noise")), np.nan]
+                for k in range(3)]  # fmt: skip
+        np.testing.assert_allclose(arrow.x, np.ravel(ends), atol=1e-4)
+    assert {trace.visible for trace in figure.data if "blank" in trace.name and "→" in trace.name} == {True}
+    assert figure.data[place].visible == "legendonly"
+    assert not any("→" in trace.name for trace in plots.state_map(result, arrows=False).data)
+
+
+def test_a_state_map_in_three_dimensions_has_a_third_coordinate_in_every_frame():
+    result = pretend.states(4)
+    table = result.table.assign(z=result.table["layer"] + 0.25)
+    figure = plots.state_map(Result(table, result.about), dimensions=3)
+    assert {trace.type for trace in figure.data} == {"scatter3d"}
+    for frame in figure.frames:
+        assert set(np.concatenate([trace.z for trace in frame.data[:8]])) == {int(frame.name) + 0.25}
+        assert frame.layout.scene.zaxis.title.text == "third component"
+    with pytest.raises(MechguardError, match="needs the column z"):
+        plots.state_map(Result(table.drop(columns="z")), dimensions=3)
+
+
+def test_points_with_a_picture_name_it_and_the_page_holds_it_once(tmp_path: Path):
+    figure = plots.state_map(pretend.states())
+    named = {trace.name: trace.customdata for trace in figure.data if trace.hovertext}
+    assert set(named["vlm blank, harmful"]) == {"p0"}
+    assert named["vlm text, harmful"] is None
+    page = plots.save(figure, tmp_path / "map", include_plotlyjs=False, pictures=False)[0].read_text()
+    assert page.count("data:image") == 1
+    assert "plotly_hover" in page
+    assert "plotly_hover" not in pages.draw_html(plots.gates(pretend.gates()), name="gates")
+
+
+def test_a_map_of_2000_points_and_32_layers_stays_under_10_megabytes(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    prompts = pd.DataFrame({"id": [f"p{n}" for n in range(500)], "label": ["harmful", "harmless"] * 250})
+    prompts["text"] = [f"How do I do thing number {n}, which takes some words to say?" for n in range(500)]
+    conditions = pd.DataFrame({"condition": pretend.VIEWS})
+    table = prompts.merge(conditions, how="cross").merge(pd.DataFrame({"layer": range(32)}), how="cross")
+    table[["x", "y", "z"]] = generator.normal(size=(len(table), 3)) * 50
+    figure = plots.state_map(Result(table.assign(explained=0.5)))
+    assert len(table) == 2000 * 32
+    assert {trace.type for trace in figure.data} == {"scattergl"}
+    [page, _] = plots.save(figure, tmp_path / "map", pictures=False)
+    assert page.stat().st_size < 10_000_000
+
+
+def test_a_ridgeline_has_a_ridge_per_label_layer_and_condition():
+    result = pretend.projections()
+    figure = plots.projection_ridgeline(result, scaled=False)
+    ridges = [trace for trace in figure.data if trace.type == "violin"]
+    assert len(ridges) == len(pretend.VIEWS) * len(pretend.LAYERS) * 2
+    assert panel_titles(figure) == list(pretend.VIEWS)
+    ridge = next(t for t in ridges if t.xaxis == "x3" and t.name == "harmful" and t.y0 == 4)
+    rows = result.where(condition="vlm blank", layer=4, label="harmful").table
+    np.testing.assert_allclose(ridge.x, rows["value"], atol=1e-5)
+    assert ridge.line.color == style.VERMILLION
+
+
+def test_a_ridgeline_marks_where_gates_open_and_keeps_far_ones_at_the_edge():
+    figure = plots.projection_ridgeline(pretend.projections(), scaled=False)
+    marks = {t.name: t for t in figure.data if t.type == "scatter" and t.xaxis == "x"}
+    assert list(marks["gate: midpoint"].x) == [10.5 + layer / 2 for layer in pretend.LAYERS]
+    assert set(marks["gate: midpoint"].marker.symbol) == {"line-ns-open"}
+    assert set(marks["gate: sign"].marker.symbol) == {"triangle-left-open"}
+    assert min(marks["gate: sign"].x) > 9
+    assert list(marks["gate: sign"].customdata) == [0.0] * len(pretend.LAYERS)
+
+
+def test_a_pareto_front_joins_the_guards_that_no_other_beats():
+    rows = [
+        {"condition": "blank", "guard": guard, "metric": metric, "value": value, "low": value - 0.1}
+        | {"high": value + 0.1, "n": 40, "split": "test"}
+        for guard, harm, helped in (("none", 0.6, 1.0), ("a", 0.2, 0.9), ("b", 0.3, 0.5), ("c", 0.0, 0.4))
+        for metric, value in (("attack_success", harm), ("benign_compliance", helped))
+    ]
+    figure = plots.pareto(Result.from_rows(rows))
+    front = figure.data[0]
+    assert list(zip(front.x, front.y, strict=True)) == [(0.4, 0.0), (0.9, 0.2), (1.0, 0.6)]
+    mark = next(trace for trace in figure.data if trace.name == "b")
+    assert (mark.x[0], mark.y[0]) == (0.5, 0.3)
+    np.testing.assert_allclose([mark.error_x.array[0], mark.error_y.arrayminus[0]], 0.1)
+    with pytest.raises(MechguardError, match="no metric 'kl'"):
+        plots.pareto(Result.from_rows(rows), harm="kl")
+
+
+def test_a_token_view_lays_patches_over_the_picture_and_words_in_lines():
+    result = pretend.tokens()
+    figure = plots.token_view(result, id="harmful-1", layer=2)
+    patches, words = figure.data
+    rows = result.where(id="harmful-1", condition="vlm blank", layer=2).table
+    np.testing.assert_allclose(np.ravel(patches.z), rows["value"][1:10])
+    shown = [word for line in words.text for word in line]
+    assert shown[:3] == ["[image]", "&lt;b&gt;", "w11"]
+    values = [value for line in words.z for value in line if value is not None]
+    assert values == [rows["value"].iloc[0], *rows["value"].iloc[10:]]
+    assert figure.layout.images[0].source == pretend.PICTURE
+    assert [frame.name for frame in figure.frames] == [str(layer) for layer in pretend.LAYERS]
+    assert figure.layout.sliders[0].active == 2
+    assert len(plots.token_view(result, id="harmful-1", condition="vlm text").data) == 1
+
+
+def test_a_token_view_says_what_it_does_not_have():
+    result = pretend.tokens()
+    for wanted, message in (
+        ({"id": "nobody"}, "no prompt 'nobody'"),
+        ({"condition": "image"}, "no condition 'image'; it has vlm text, vlm blank"),
+        ({"layer": 77}, "no layer 77"),
+    ):
+        with pytest.raises(MechguardError, match=message):
+            plots.token_view(result, **wanted)
+
+
+def test_a_response_table_sets_before_beside_after_with_verdicts():
+    figure = plots.response_table(responses(), condition="blank", count=3)
+    [table] = figure.data
+    sent, before, after = table.cells.values
+    assert len(sent) == 3
+    assert all("answered" in cell for cell in before)
+    assert all(">refused<" in cell for cell in after)
+    assert not any("<script" in cell for cell in (*sent, *before, *after))
+    with pytest.raises(MechguardError, match="with 'nothing' under 'blank'; the result has the guards none"):
+        plots.response_table(responses(), condition="blank", guard="nothing")

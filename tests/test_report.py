@@ -17,6 +17,7 @@ from mechguard.report import (
     StudyFolder,
     sample_responses,
     summarise_study,
+    three_numbers,
     write_figures,
     write_report,
 )
@@ -85,6 +86,7 @@ def test_the_report_shows_every_figure_and_holds_plotly_once(page: Page):
     drawn = [attrs["id"] for tag, attrs in page.tags if "plotly-graph-div" in str(attrs.get("class"))]
     assert drawn == [
         "figure-behaviour",
+        "figure-pareto",
         "figure-layer-sweep",
         "figure-layer-sweep-dprime",
         "figure-transfer",
@@ -92,8 +94,10 @@ def test_the_report_shows_every_figure_and_holds_plotly_once(page: Page):
         "figure-modality-gap",
         "figure-shift",
         "figure-state-map",
+        "figure-projections",
         "figure-gates",
         "figure-gate-curves",
+        "figure-tokens",
         "figure-sweep-attack-success",
         "figure-sweep-benign-compliance",
     ]
@@ -269,24 +273,13 @@ def test_a_choice_that_cost_benign_compliance_is_marked(study: Path, tmp_path: P
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path):
-    missing = (
-        "separability",
-        "modality_gap",
-        "transfer",
-        "angles",
-        "gates",
-        "gate_curves",
-        "sweep",
-        "states",
-        "responses",
-        "study",
-    )
+    missing = (*(name for name in pretend.RESULTS if name != "behaviour"), "responses", "study")
     folder = pretend.write_study(tmp_path, leave_out=missing)
     found = Page(write_report(folder).read_text())
     headings = {attrs.get("id") for tag, attrs in found.tags if tag == "section"}
-    assert headings == {"summary", "behaviour", "choice", "methods", "limitations", "reproduce"}
+    assert headings == {"numbers", "summary", "behaviour", "choice", "methods", "limitations", "reproduce"}
     links = {str(attrs["href"])[1:] for tag, attrs in found.tags if tag == "a"}
-    assert links == headings - {"summary"}
+    assert links == headings - {"numbers", "summary"}
     assert "pretend: safety with and without an image" in found.text
 
 
@@ -308,12 +301,49 @@ def test_broken_responses_are_named(tmp_path: Path):
 
 def test_figures_are_pages_that_share_one_plotly(study: Path):
     written = write_figures(study)
-    assert [path.stem for path in written][:3] == ["behaviour", "layer_sweep", "layer_sweep_dprime"]
+    assert [path.name for path in written][:3] == ["behaviour.html", "behaviour.csv", "layer_sweep.html"]
     assert {path.name for path in (study / "figures").iterdir()} == {
         *(path.name for path in written),
         "plotly.min.js",
     }
     assert all(path.stat().st_size < 500_000 for path in written)
+    points = pd.read_csv(study / "figures" / "state_map.csv")
+    assert len(points) == len(pretend.states())
+
+
+def test_the_report_opens_with_three_numbers_and_their_intervals(page: Page):
+    assert "8% → 52% of harmful prompts answered: as text, then under the condition “blank”" in page.text
+    assert "52% → 7% of them answered" in page.text
+    assert "99% → 96% of harmless prompts answered" in page.text
+    assert "95% intervals 44% to 60%, then 0% to 15%; n = 100" in page.text
+
+
+def test_a_number_without_its_guard_is_left_out():
+    plain = pretend.behaviour().where(guard="none").table
+    assert [number["after"] for number in three_numbers(plain)] == ["52%"]
+    assert three_numbers(plain[plain["condition"] == "text"]) == []
+
+
+def test_the_report_names_the_data_and_their_licences(page: Page):
+    assert "anchors 200 pairs by hand a journal <b>Doe 2024</b> MIT" in page.text
+    assert "validation 80 not recorded not recorded not recorded" in page.text
+
+
+def test_one_bar_sets_the_layer_of_every_figure_that_has_layers(study: Path, page: Page):
+    bar = next(attrs for tag, attrs in page.tags if tag == "input")
+    assert bar["data-layers"] == ",".join(map(str, pretend.LAYERS))
+    ways = {
+        name: (figure.layout.meta or {}).get("layer") for name, figure in StudyFolder.read(study).figures()
+    }
+    assert {name: way for name, way in ways.items() if way} == {
+        "layer_sweep": "x",
+        "layer_sweep_dprime": "x",
+        "modality_gap": "x",
+        "state_map": "frames",
+        "projections": "y",
+        "gates": "x",
+        "tokens": "frames",
+    }
 
 
 def test_writing_the_report_twice_gives_the_same_bytes(study: Path):

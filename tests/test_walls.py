@@ -16,13 +16,14 @@ import mechguard as mg
 PACKAGE = Path(mg.__file__).parent
 # From the ground up: a room imports only from rows above it (and from within itself).
 ROWS = [
-    {"errors"},
+    {"errors", "thumbnails", "cards"},
     {"storage"},
     {"result", "prompts", "families", "interventions", "caching"},
     {"overlaps", "statistics"},
     {"datasets", "activations", "organism", "plots", "chat", "checkpoints", "processors"},
     {"models", "directions", "summary", "findings", "judges"},
     {"separability", "gap", "maps", "loading", "positions"},
+    {"projections"},
     {"guards", "transfer"},
     {"tracing"},
     {"responses", "circuits", "report", "doctor"},

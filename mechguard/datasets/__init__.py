@@ -30,6 +30,7 @@ __all__ = [
     "OverlapWarning",
     "TemplateSet",
     "apply_templates",
+    "describe_source",
     "find_overlaps",
     "list_benchmarks",
     "load_from_folder",
@@ -126,6 +127,25 @@ def load_from_folder(name: str, folder: Path) -> Prompts:
         f"{folder} holds no prompts named {name!r}{_wanted(name, records)}; found there: "
         f"{', '.join(_present(folder)) or 'none'}"
     )
+
+
+def describe_source(name: str, folder: Path) -> dict[str, str]:
+    """Where `load_from_folder` finds a set: what it is, its source, licence and citation, as far as known."""
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            packaged = folder == packaged_folder("organism")
+            return {
+                "what": f"{name}{suffix}",
+                "source": "shipped with mechguard, written from templates" if packaged else str(folder),
+                "licence": "Apache-2.0" if packaged else "not recorded; see whoever gave the file",
+            }
+    records = ROLES.get(name) or ([BENCHMARKS[name]] if name in BENCHMARKS else [])
+    for record in records:
+        if record.locate(folder):
+            origin = record.origin
+            known = {"source": origin.source, "licence": origin.licence, "citation": origin.citation}
+            return {"what": record.what, **known}
+    return {}
 
 
 def _wanted(name: str, records: list[Benchmark]) -> str:

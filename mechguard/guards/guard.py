@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechguard.cards import draw_card
 from mechguard.errors import MechguardError
 from mechguard.guards.gates import Gate
 from mechguard.guards.moves import Move, Query, Realign, read_move
@@ -333,7 +333,24 @@ class Guard:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p><code>{escape(repr(self))}</code>: mg.generate(vlm, prompts, guard=guard)</p>"
+        following = ("mg.generate(vlm, prompts, guard=guard)", "guard.randomised()", "guard.save(...)")
+        return draw_card(f"Guard: {self.name}", self._said(), following=following)
+
+    def _said(self) -> dict[str, Any]:
+        """What a card tells."""
+        if self.move is None:
+            return {"puts around every prompt": self.template, "model": self.about.get("model")}
+        options = self.move.options()
+        return {
+            "layers": ", ".join(map(str, self.layers)),
+            "move": " ".join([self.move.kind, *(f"{key}={value}" for key, value in options.items())]),
+            "rank": self.rank,
+            "gate": "always open" if self.gate is None else self.gate.word,
+            "q comes from": self.source,
+            "acts on": f"positions: {self.scope.positions}, phase: {self.scope.phase}",
+            "made for": self.about.get("model"),
+            "control": self.about.get("control"),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,6 +456,10 @@ class Chain:
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.parts))})"
+
+    def _repr_html_(self) -> str:
+        cards = "".join(guard._repr_html_() for guard in self.parts)
+        return draw_card(f"Guards in a chain: {self.name}", {}, preview=cards)
 
 
 def one_of(field_name: str, value: str, choices: Any) -> None:

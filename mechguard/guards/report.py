@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from numpy import ndarray
-from torch import Tensor
 
 from mechguard.activations import Activations
 from mechguard.directions import Directions
+from mechguard.projections import gate_thresholds
 from mechguard.result import Result
 from mechguard.separability import Half, measure_halves, project_halves
 from mechguard.statistics import auroc, wilson_interval
@@ -46,7 +45,7 @@ def measure_gates(
         scores = directions.project(activations)
         opened = {
             gate: (scores > thresholds.unsqueeze(1)).numpy()
-            for gate, thresholds in _thresholds(directions, activations.layers).items()
+            for gate, thresholds in gate_thresholds(directions, activations.layers).items()
         }
         found = [row for gate, one in opened.items() for row in _shares(one, activations, "gate_open", gate)]
         if MIDPOINT in opened:
@@ -76,7 +75,7 @@ def measure_gate_curves(
     for activations in states:
         activations.groups()
         half = project_halves(activations, directions)[0]
-        thresholds = _thresholds(directions, activations.layers)
+        thresholds = gate_thresholds(directions, activations.layers)
         for index, layer in enumerate(activations.layers):
             here = {"condition": activations.name, "layer": layer, "split": split}
             rows += [{**here, **row} for row in _curve(half, index)]
@@ -84,14 +83,6 @@ def measure_gate_curves(
             rows += [{**here, **_point(half, index, gate, level)} for gate, level in points.items()]
     about = states[0].about if states else {}
     return Result.from_rows(rows, **{**about, "directions": directions.name})
-
-
-def _thresholds(directions: Directions, layers: list[int]) -> dict[str, Float[Tensor, " layer"]]:
-    gates = {SIGN: torch.zeros(len(layers))}
-    if directions.midpoints is not None:
-        rows = [directions.layers.index(layer) for layer in layers]
-        gates[MIDPOINT] = (directions.midpoints[rows] * directions.data[rows, 0]).sum(-1)
-    return gates
 
 
 def _shares(

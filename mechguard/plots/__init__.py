@@ -13,13 +13,17 @@ from mechguard.plots.circuits import (
     patching,
 )
 from mechguard.plots.defences import defences
+from mechguard.plots.fronts import pareto
 from mechguard.plots.gate_curves import gate_curves
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
 from mechguard.plots.pages import save
 from mechguard.plots.rates import behaviour
+from mechguard.plots.responses import response_table
+from mechguard.plots.ridgelines import projection_histogram, projection_ridgeline
 from mechguard.plots.shifts import shift_decomposition
 from mechguard.plots.state_maps import state_map
+from mechguard.plots.tokens import token_view
 from mechguard.plots.transfers import angles, transfer_matrix
 
 __all__ = [
@@ -35,10 +39,15 @@ __all__ = [
     "layer_sweep",
     "logit_lens",
     "modality_gap",
+    "pareto",
     "patching",
+    "projection_histogram",
+    "projection_ridgeline",
+    "response_table",
     "save",
     "shift_decomposition",
     "state_map",
     "sweep_heatmap",
+    "token_view",
     "transfer_matrix",
 ]

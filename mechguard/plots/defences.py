@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from mechguard.errors import MechguardError
 from mechguard.plots.rates import PANELS
-from mechguard.plots.style import BLUE, GREY, ORANGE, PURPLE, facets, headed, sample, table_of
+from mechguard.plots.style import BLUE, GREY, ORANGE, PURPLE, draws, facets, headed, sample, table_of
 from mechguard.result import UNGUARDED, Result
 
 COLUMNS = ("setting", "condition", "guard", "metric", "value", "low", "high", "n")
@@ -21,6 +21,7 @@ KINDS = {
 }
 
 
+@draws
 def defences(result: Result, *, setting: str | None = None) -> go.Figure:
     """Attack success, complete refusals and benign compliance of every method, with 95% whiskers.
 

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechguard.errors import MechguardError
-from mechguard.plots.style import facets, headed, metric_name, rows_of_metric, sample, table_of
+from mechguard.plots.style import draws, facets, headed, metric_name, rows_of_metric, sample, table_of
 from mechguard.result import UNGUARDED, Result
 
 FACETS = ("condition", "variant")
@@ -18,6 +18,7 @@ MOST_COLUMNS = 5  # panels beside each other
 LOW_IS_GOOD = ("attack_success", "benign_keyword_refusal", "benign_complete_refusal")
 
 
+@draws
 def sweep_heatmap(result: Result, *, metric: str) -> go.Figure:
     """One metric by layers, rank and alpha: a column of panels per `variant`, a row per `condition`.
 

@@ -14,9 +14,11 @@ from mechguard.plots.style import (
     LABEL_DASHES,
     METRIC_NAMES,
     colours,
+    draws,
     facets,
     family,
     headed,
+    layered,
     metric_name,
     rows_of_metric,
     sample,
@@ -71,6 +73,7 @@ class Look:
     width: float = 2
 
 
+@draws
 def layer_sweep(result: Result, *, metric: str = "auroc") -> go.Figure:
     """How well harmful and harmless states come apart at every layer, one panel per direction.
 
@@ -102,6 +105,7 @@ def layer_sweep(result: Result, *, metric: str = "auroc") -> go.Figure:
     return headed(figure, "Harmful against harmless states, by layer", subtitle)
 
 
+@draws
 def modality_gap(result: Result, *, metrics: Sequence[str] | None = None) -> go.Figure:
     """The gap between states without and with a picture at every layer, one panel per metric.
 
@@ -136,6 +140,7 @@ def modality_gap(result: Result, *, metrics: Sequence[str] | None = None) -> go.
     return headed(figure, "Modality gap, by layer", subtitle)
 
 
+@draws
 def gates(result: Result) -> go.Figure:
     """How often the gate opens at every layer, one panel per gate; solid is harmful, dotted harmless.
 
@@ -235,6 +240,7 @@ def _band(rows: pd.DataFrame, colour: str) -> go.Scatter:
 
 def _mark_layers(figure: go.Figure, layers: pd.Series, *, panels: int, columns: int) -> None:
     """Whole layers on every x axis, and the word under the lowest panel of every column."""
+    layered(figure, "x")
     span = int(layers.max()) - int(layers.min())
     figure.update_xaxes(dtick=max(1, -(-span // 12)), range=[layers.min() - 0.3, layers.max() + 0.3])
     for index in range(max(0, panels - columns), panels):

@@ -1,19 +1,25 @@
-"""Figures as files: a page that works offline, light or dark, and a picture where one can be made."""
+"""Figures as files: a page that works offline, light or dark, pictures for papers, and the table behind."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from mechguard.plots.style import table_behind
 from mechguard.storage import write_bytes, write_text
 
 SCRIPT = "plotly.min.js"
 CONFIG = {"responsive": True, "displaylogo": False}
+WIDTH = 1100  # pixels of a picture
+PICTURES = ("png", "pdf")
+SUFFIXES = {".html", ".csv", *(f".{kind}" for kind in PICTURES)}
 # A figure's own text is mid-grey, for pages that know nothing of it; our pages give it the page's ink.
 FIGURE_CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2125; }
@@ -23,8 +29,33 @@ body { background: var(--paper); color: var(--ink); }
 .js-plotly-plot :is(.xaxislayer-above, .yaxislayer-above, .infolayer, .menulayer) text {
   fill: var(--ink) !important;
 }
+.js-plotly-plot :is(.heatmaplayer, .table, .table-control-view) text { fill: var(--ink) !important; }
 .plotly-graph-div { min-width: 860px; }
 .js-plotly-plot .updatemenu-item-rect { fill: rgba(128, 128, 128, 0.15) !important; }
+.hover-picture { border: 1px solid #8c8c8c; border-radius: 4px; pointer-events: none; position: absolute;
+                 z-index: 10; }
+"""
+# A point that has a picture shows it beside the hover box, which cannot hold one.
+HOVER_SCRIPT = """
+(figure => {
+  const pictures = (figure.layout.meta || {}).pictures || {};
+  if (!Object.keys(pictures).length) return;
+  const shown = document.createElement("img");
+  shown.className = "hover-picture";
+  shown.hidden = true;
+  figure.style.position = "relative";
+  figure.appendChild(shown);
+  figure.on("plotly_hover", event => {
+    const point = event.points[0], source = pictures[point.customdata];
+    shown.hidden = !source;
+    if (!source) return;
+    const box = figure.getBoundingClientRect();
+    shown.src = source;
+    shown.style.left = `${event.event.clientX - box.left - 90}px`;
+    shown.style.top = `${event.event.clientY - box.top + 14}px`;
+  });
+  figure.on("plotly_unhover", () => { shown.hidden = true; });
+})(document.getElementById("{plot_id}"));
 """
 PAGE = """<!doctype html>
 <html lang="en">
@@ -46,29 +77,37 @@ def save(
     path: str | os.PathLike[str],
     *,
     include_plotlyjs: bool | str = True,
-    png: bool = True,
+    pictures: bool = True,
 ) -> list[Path]:
-    """Write a figure as `path.html`, and as `path.png` where kaleido and a Chromium are installed.
+    """Write a figure as `path.html`, `path.png`, `path.pdf`, and the table behind it as `path.csv`.
+
+    Pictures are drawn by kaleido (extra `images`) with a Chromium, on white, for papers; without them the
+    page and the table are written alone.
 
     Args:
         include_plotlyjs: True puts plotly.js into the page (4.8 MB, opens anywhere); "directory" puts it
             beside the page once, for all figures of a folder; False leaves it out.
-        png: whether to try for a picture.
+        pictures: whether to try for PNG and PDF, some seconds each.
 
     Returns:
         The files that were written.
     """
     stem = Path(path)
-    stem = stem.with_suffix("") if stem.suffix in {".html", ".png"} else stem
+    stem = stem.with_suffix("") if stem.suffix in SUFFIXES else stem
     page = stem.with_name(stem.name + ".html")
     if include_plotlyjs == "directory":
         _write_script(page.parent)
     body = draw_html(figure, name=stem.name, include_plotlyjs=include_plotlyjs)
     content = PAGE.format(title=escape(stem.name), css=FIGURE_CSS, figure=body)
     written = [write_text(page, content)]
-    picture = _picture(figure) if png else None
-    if picture is not None:
-        written.append(write_bytes(stem.with_name(stem.name + ".png"), picture))
+    for kind in PICTURES if pictures else ():
+        picture = draw_picture(figure, kind)
+        if picture is not None:
+            written.append(write_bytes(stem.with_name(f"{stem.name}.{kind}"), picture))
+    table = table_behind(figure)
+    if table is not None:
+        text = table.to_csv(index=False, lineterminator="\n")
+        written.append(write_text(stem.with_name(stem.name + ".csv"), text))
     return written
 
 
@@ -81,24 +120,46 @@ def draw_html(figure: go.Figure, *, name: str, include_plotlyjs: bool | str = Fa
         config=CONFIG,
         auto_play=False,
         default_height=f"{figure.layout.height or 450}px",
+        post_script=HOVER_SCRIPT if (figure.layout.meta or {}).get("pictures") else None,
     )
+
+
+def draw_picture(figure: go.Figure, kind: str) -> bytes | None:
+    """A figure on white, as it stands in a paper, or None where no browser can draw it.
+
+    Args:
+        kind: "png" (twice as fine as the screen), "pdf", "svg".
+    """
+    if importlib.util.find_spec("kaleido") is None:
+        return None
+    printed = go.Figure(figure).update_layout(
+        paper_bgcolor="white", plot_bgcolor="white", font_color="#1d2125"
+    )
+    printed.layout.sliders = printed.layout.updatemenus = ()
+    printed.layout.meta, printed.frames = None, ()
+    height = figure.layout.height or 450
+    try:
+        return printed.to_image(kind, width=WIDTH, height=height, scale=2)
+    except (RuntimeError, OSError, TimeoutError):  # no Chromium, or one that does not start
+        return None
+
+
+@contextmanager
+def one_browser() -> Iterator[None]:
+    """One Chromium for all pictures of a block, where kaleido is installed: starting it takes most time."""
+    if importlib.util.find_spec("kaleido") is None:
+        yield
+        return
+    import kaleido
+
+    kaleido.start_sync_server(silence_warnings=True)
+    try:
+        yield
+    finally:
+        kaleido.stop_sync_server(silence_warnings=True)
 
 
 def _write_script(folder: Path) -> None:
     script, content = folder / SCRIPT, get_plotlyjs()
     if not script.is_file() or script.stat().st_size != len(content.encode()):
         write_text(script, content)
-
-
-def _picture(figure: go.Figure) -> bytes | None:
-    """A PNG on white, or None where no browser can draw it."""
-    if importlib.util.find_spec("kaleido") is None:
-        return None
-    printed = go.Figure(figure).update_layout(
-        paper_bgcolor="white", plot_bgcolor="white", font_color="#1d2125"
-    )
-    height = figure.layout.height or 450
-    try:
-        return printed.to_image("png", width=1100, height=height, scale=2)
-    except (RuntimeError, OSError, TimeoutError):  # no Chromium, or one that does not start
-        return None

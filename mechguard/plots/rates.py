@@ -12,6 +12,7 @@ from mechguard.errors import MechguardError
 from mechguard.plots.style import (
     GUARD_COLOURS,
     colours,
+    draws,
     facets,
     headed,
     rows_of_metric,
@@ -31,6 +32,7 @@ COLUMNS = ("condition", "guard", "metric", "value", "low", "high", "n")
 PATTERNS = ("", "/", ".", "x", "-", "|")
 
 
+@draws
 def behaviour(result: Result) -> go.Figure:
     """Attack success, complete refusal and benign compliance, as far as measured, with 95% whiskers.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from html import escape
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 from zlib import crc32
 
 import pandas as pd
@@ -17,6 +18,7 @@ from mechguard.errors import MechguardError
 from mechguard.result import Result
 
 TEMPLATE = "mechguard"
+Options = ParamSpec("Options")
 # Okabe and Ito's palette, which colour-blind readers can tell apart, less black and yellow: those vanish
 # on a dark or on a light page.
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
@@ -126,6 +128,69 @@ def facets(titles: Sequence[str], *, columns: int, height: int, **options: Any) 
 def headed(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
     """The figure with its title, and under it what the numbers rest on."""
     return figure.update_layout(title={"text": title, "subtitle": {"text": subtitle}})
+
+
+def draws(
+    draw: Callable[Concatenate[Result, Options], go.Figure],
+) -> Callable[Concatenate[Result, Options], go.Figure]:
+    """A plot whose figure remembers the table behind it, for `save` to write beside the figure."""
+
+    @wraps(draw)
+    def remembered(result: Result, /, *args: Options.args, **options: Options.kwargs) -> go.Figure:
+        figure = draw(result, *args, **options)
+        figure._table = result.table
+        return figure
+
+    return remembered
+
+
+def table_behind(figure: go.Figure) -> pd.DataFrame | None:
+    """The table that a figure was drawn from; None for a figure from elsewhere."""
+    return getattr(figure, "_table", None)
+
+
+def layered(figure: go.Figure, way: str) -> go.Figure:
+    """The figure with a word for pages that link figures by layer: on "x" or "y", or as "frames"."""
+    return figure.update_layout(meta={**(figure.layout.meta or {}), "layer": way})
+
+
+def layer_slider(layers: Sequence[int], *, left: float = 0.1, down: int = 45) -> dict[str, Any]:
+    """A slider over frames named by layer."""
+    jump = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    steps = [{"method": "animate", "label": str(layer), "args": [[str(layer)], jump]} for layer in layers]
+    return {
+        "steps": steps,
+        "currentvalue": {"prefix": "layer "},
+        "x": left,
+        "len": 1 - left,
+        "pad": {"t": down},
+        "bgcolor": LINE,
+        "bordercolor": LINE,
+        "activebgcolor": INK,
+        "tickcolor": INK,
+    }
+
+
+def play_buttons(*, down: int = 60) -> dict[str, Any]:
+    """Play and pause, beside the slider."""
+    play = {"frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}, "fromcurrent": True}
+    stop = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}}
+    return {
+        "type": "buttons",
+        "direction": "left",
+        "showactive": False,
+        "x": 0,
+        "xanchor": "left",
+        "y": 0,
+        "yanchor": "top",
+        "pad": {"t": down},
+        "bgcolor": "rgba(128, 128, 128, 0.12)",
+        "bordercolor": LINE,
+        "buttons": [
+            {"label": "▶", "method": "animate", "args": [None, play]},
+            {"label": "❚❚", "method": "animate", "args": [[None], stop]},
+        ],
+    }
 
 
 def table_of(result: Result, figure: str, *columns: str, made_by: str) -> pd.DataFrame:
