@@ -608,7 +608,11 @@ def test_a_response_table_sets_before_beside_after_with_verdicts():
     [table] = figure.data
     sent, before, after = table.cells.values
     assert len(sent) == 3
-    assert all("answered" in cell for cell in before)
+    harmful = pd.DataFrame(pretend.responses()).query("label == 'harmful' and condition == 'blank'")
+    for guard, cells in (("none", before), ("vlm_guard", after)):
+        complied = harmful[harmful["guard"] == guard]["complied"].iloc[[0, 33, 66]]
+        assert ["answered" in cell for cell in cells] == complied.tolist()
+    assert {"answered" in cell for cell in before} == {True, False}
     assert all(">refused<" in cell for cell in after)
     assert not any("<script" in cell for cell in (*sent, *before, *after))
     with pytest.raises(MechguardError, match="with 'nothing' under 'blank'; the result has the guards none"):

@@ -338,7 +338,9 @@ def test_one_bar_sets_the_layer_of_every_figure_that_has_layers(study: Path, pag
     assert {name: way for name, way in ways.items() if way} == {
         "layer_sweep": "x",
         "layer_sweep_dprime": "x",
+        "angles": "x",
         "modality_gap": "x",
+        "shift": "x",
         "state_map": "frames",
         "projections": "y",
         "gates": "x",
