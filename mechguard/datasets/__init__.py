@@ -141,7 +141,7 @@ def describe_source(name: str, folder: Path) -> dict[str, str]:
             }
     records = ROLES.get(name) or ([BENCHMARKS[name]] if name in BENCHMARKS else [])
     for record in records:
-        if record.locate(folder):
+        if folder.is_dir() and record.locate(folder):
             origin = record.origin
             known = {"source": origin.source, "licence": origin.licence, "citation": origin.citation}
             return {"what": record.what, **known}
