@@ -94,11 +94,11 @@ def save(
     Returns:
         The files that were written.
     """
-    return save_all({path: figure}, include_plotlyjs=include_plotlyjs, pictures=pictures)
+    return save_all({Path(path): figure}, include_plotlyjs=include_plotlyjs, pictures=pictures)
 
 
 def save_all(
-    figures: Mapping[str | os.PathLike[str], go.Figure],
+    figures: Mapping[Path, go.Figure],
     *,
     include_plotlyjs: bool | str = True,
     pictures: bool = True,
@@ -170,8 +170,7 @@ def _print(figure: go.Figure) -> go.Figure:
     return printed
 
 
-def _stem(path: str | os.PathLike[str]) -> Path:
-    stem = Path(path)
+def _stem(stem: Path) -> Path:
     return stem.with_suffix("") if stem.suffix in SUFFIXES else stem
 
 
