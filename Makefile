@@ -55,7 +55,7 @@ families: install
 	$(BIN)/python tests/families_table.py
 
 test: install
-	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 organism-check: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -s -m slow tests/organism/test_behaviour.py
