@@ -17,9 +17,9 @@ PACKAGE = Path(mg.__file__).parent
 # From the ground up: a room imports only from rows above it (and from within itself).
 ROWS = [
     {"errors", "thumbnails", "cards"},
-    {"storage"},
-    {"result", "prompts", "families", "interventions", "caching"},
-    {"overlaps", "statistics"},
+    {"storage", "processes"},
+    {"shards", "result", "prompts", "families", "interventions", "caching"},
+    {"overlaps", "statistics", "moments"},
     {"datasets", "activations", "organism", "plots", "chat", "checkpoints", "processors"},
     {"models", "directions", "summary", "findings", "judges"},
     {"separability", "gap", "maps", "loading", "positions"},
