@@ -301,7 +301,8 @@ def _along(
 ) -> Float[Tensor, "layer prompt"]:
     """The projection of every state on its layer's vector; of states on disk one layer is held at a time."""
     if isinstance(states, StoredStates):
-        return torch.stack([layer @ vector for layer, vector in zip(states, vectors, strict=True)])
+        pairs = zip(states, vectors.unsqueeze(1), strict=True)
+        return torch.cat([torch.einsum("lpd,ld->lp", layer[None], vector) for layer, vector in pairs])
     return torch.einsum("lpd,ld->lp", states, vectors)
 
 

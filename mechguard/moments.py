@@ -88,7 +88,7 @@ def _leading(products: Float64[Tensor, "d_model d_model"], rank: int) -> Float64
 
     width = len(products)
     _, vectors = eigh(products.numpy(), subset_by_index=[width - rank, width - 1])
-    return torch.as_tensor(np.ascontiguousarray(vectors.T[::-1]))
+    return torch.as_tensor(vectors.T[::-1].copy())
 
 
 def _discriminant(layer: Layer, means: Means) -> Float64[Tensor, " d_model"]:

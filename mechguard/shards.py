@@ -35,6 +35,7 @@ HEAD, PROMPTS, LOCK = "store.json", "prompts.jsonl", ".lock"
 SHARD_BYTES = 1 << 26
 SHARD_LIMITS = (64, 1024)  # prompts
 BLOCK = 1 << 20
+READ_ONLY = "states on disk are not written over; take a copy with .clone()"
 aten = torch.ops.aten
 
 
@@ -115,7 +116,7 @@ class StoredStates(Tensor):
         cls, shards: Shards, layers: Int[Tensor, " layer"], rows: Int[Tensor, " prompt"] | None
     ) -> StoredStates:
         shape = (len(layers), shards.shape[1] if rows is None else len(rows), shards.shape[2])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
 
     def __init__(
         self, shards: Shards, layers: Int[Tensor, " layer"], rows: Int[Tensor, " prompt"] | None
@@ -151,13 +152,18 @@ class StoredStates(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         return (self.at(index) for index in range(len(self.layers)))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise MechguardError(READ_ONLY)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredStates({'x'.join(map(str, self.shape))}, {str(self.shards.folder)!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.is_mutable:
-            raise MechguardError("states on disk are not written over; take a copy with .clone()")
+            raise MechguardError(READ_ONLY)
         states = args[0] if args else None
         if isinstance(states, StoredStates) and not kwargs and (found := _lazily(func, *args)) is not None:
             return found
@@ -181,7 +187,7 @@ def _lazily(func: Any, states: StoredStates, *args: Any) -> Tensor | None:
         if len(given) == 1 and given[0][0] < 2 and given[0][1].ndim == 1:
             return states.chosen(*given[0])
     if func is aten.mean.dim and len(args) == 1 and args[0] == [1]:
-        return torch.stack([layer.mean(0) for layer in states])
+        return torch.cat([layer[None].mean(1) for layer in states])
     return None
 
 
