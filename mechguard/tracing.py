@@ -102,6 +102,7 @@ def collect(
     sent = _ready(model, prompts, guard)
     chosen = _layer_numbers(model, layers)
     teacher = teacher or model.llm
+    processes = find_processes()
 
     def read(some: Prompts, label: str) -> Float[Tensor, "layer prompt d_model"]:
         def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
@@ -109,7 +110,8 @@ def collect(
             return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
 
         data = torch.empty(len(chosen), len(some), model.d_model)
-        for rows, states in _in_batches(work, some, model.d_model, batch_size, label, progress):
+        shown = progress and processes.leads
+        for rows, states in _in_batches(work, some, model.d_model, batch_size, label, shown):
             data[:, rows] = states.to("cpu", torch.float32)
         return data
 
@@ -132,7 +134,7 @@ def collect(
         prompts=sent.as_lines().encode(),
         shape=(len(chosen), len(sent), model.d_model),
         size=_shard_size(shard_size, len(chosen), model.d_model),
-        processes=find_processes(),
+        processes=processes,
     )
 
     def read_shard(number: int, span: range) -> Float[Tensor, "layer prompt d_model"]:
@@ -378,15 +380,11 @@ def _in_batches(
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
     """
-    size = _auto_batch_size(width) if batch_size == "auto" else batch_size
-    if size < 1:
-        raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
-    counts = [len(prompt.images) for prompt in prompts]
-    groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
-    with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
+    size = _batch_size(width, batch_size)
+    groups = _groups(prompts)
+    with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         for group in groups:
-            start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
+            start, limit = 0, _equal(len(group), size)
             while start < len(group):
                 rows = group[start : start + limit]
                 if all(row in known for row in rows):
@@ -406,9 +404,35 @@ def _in_batches(
                 start += len(rows)
 
 
-def _auto_batch_size(width: int) -> int:
-    smallest, largest = AUTO_BATCH_LIMITS
-    return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+def plan_batches(model: VLM, prompts: Prompts, batch_size: BatchSize) -> list[list[int]]:
+    """The rows of each batch, as they are sent as long as memory does not run out."""
+    size = _batch_size(model.d_model, batch_size)
+    return [
+        group[start : start + _equal(len(group), size)]
+        for group in _groups(prompts)
+        for start in range(0, len(group), _equal(len(group), size))
+    ]
+
+
+def _groups(prompts: Prompts) -> list[list[int]]:
+    """Rows sorted by length, those with different numbers of pictures apart."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    counts = [len(prompt.images) for prompt in prompts]
+    return [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
+
+
+def _equal(count: int, size: int) -> int:
+    """The size of batches of equal size."""
+    return math.ceil(count / math.ceil(count / size))
+
+
+def _batch_size(width: int, asked: BatchSize) -> int:
+    if asked == "auto":
+        smallest, largest = AUTO_BATCH_LIMITS
+        return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+    if asked < 1:
+        raise MechguardError(f"batch_size={asked} is not a size; give 1 or more")
+    return asked
 
 
 def _trace_states(
