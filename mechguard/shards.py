@@ -303,8 +303,8 @@ class Store:
             found = head["identity"].get(name)
             if found != value:
                 raise MechguardError(
-                    f"{self.folder} holds other states: their {name} is {_short(found)}, wanted {_short(value)}; "
-                    "give another folder, or remove this one"
+                    f"{self.folder} holds other states: their {name} is {_short(found)}, "
+                    f"wanted {_short(value)}; give another folder, or remove this one"
                 )
         if head["size"] != self.size or head["shape"] != wanted["shape"]:
             raise MechguardError(
