@@ -16,6 +16,7 @@ from torch import Tensor
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
 from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label
+from mechguard.shards import StoredStates, is_store, read_store
 from mechguard.storage import load_tensors, save_tensors
 
 KIND = "activations"
@@ -26,7 +27,8 @@ class Activations:
     """Hidden states after decoder layers (the residual stream, before the final norm).
 
     Attributes:
-        data: float32 [layer, prompt, d_model].
+        data: float32 [layer, prompt, d_model]; where they were collected to disk, a `shards.StoredStates`,
+            which reads what is asked of it.
         layers: the decoder layer of each row of `data`, counted from 0.
         prompts: what was sent, in the order of `data`.
         about: model, view ("llm" or "vlm"), condition, position, fingerprint.
@@ -48,7 +50,8 @@ class Activations:
                 f"activations of shape {tuple(self.data.shape)} do not fit {wanted[0]} layers and "
                 f"{wanted[1]} prompts"
             )
-        if not torch.isfinite(self.data).all():
+        # What lies on disk was looked at when it was collected.
+        if not isinstance(self.data, StoredStates) and not torch.isfinite(self.data).all():
             raise MechguardError("activations contain NaN or infinity; load the model in float32 or bfloat16")
 
     @classmethod
@@ -167,19 +170,31 @@ class Activations:
         return save_tensors(path, KIND, {"data": self.data}, facts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Activations:
-        """Read saved activations; pictures come back as their description only."""
-        tensors, facts = load_tensors(path, KIND)
-        rows = [{**row, "own_image": row["image"]} for row in facts["prompts"]]
+    def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> Activations:
+        """Read saved activations; pictures come back as their description only.
+
+        Args:
+            path: a file of `save`, or a folder of `collect(..., out=...)`, whose states stay on disk.
+            check: of a folder, compare every shard with its checksum now; otherwise when it is first read.
+
+        Raises:
+            MechguardError: something is missing, not finished, or not what was written.
+        """
+        if is_store(Path(path)):
+            data, facts, rows = read_store(Path(path), check=check)
+        else:
+            tensors, facts = load_tensors(path, KIND)
+            data, rows = tensors["data"], facts["prompts"]  # type: ignore[assignment]
+        rows = [{**row, "own_image": row["image"]} for row in rows]
         prompts = Prompts([Prompt(**row) for row in rows], name=facts["name"])
-        return cls(tensors["data"], list(facts["layers"]), prompts, facts["about"])
+        return cls(data, list(facts["layers"]), prompts, facts["about"])
 
     def __repr__(self) -> str:
         layers, prompts, width = self.data.shape
         return f"Activations({self.name!r}, layer={layers}, prompt={prompts}, d_model={width})"
 
     def _repr_html_(self) -> str:
-        norms = self.data.norm(dim=-1).mean(1).tolist()
+        norms = [float(states.norm(dim=-1).mean()) for states in self.data]
         facts = {
             "shape": "layer {} x prompt {} x d_model {}, float32".format(*self.data.shape),
             "layers": f"{self.layers[0]} to {self.layers[-1]}" if self.layers else None,

@@ -10,6 +10,7 @@ import torch
 
 from mechguard.errors import MechguardError, first_line
 from mechguard.families import family_of, takes_images
+from mechguard.processes import own_device
 
 
 def read_model(
@@ -35,6 +36,8 @@ def read_model(
     is_vlm = not text_only and takes_images(config) and answers_pictures
     loader = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if device == "auto" and not on_cpu:
+        device = own_device() or device  # of several processes each takes one accelerator
     if dtype == "auto" and on_cpu and getattr(config, "dtype", None) == torch.float16:
         dtype = torch.float32  # half precision on a CPU is slow and loses digits
     if attention := family_of(config).attention:

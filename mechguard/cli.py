@@ -104,24 +104,46 @@ def generate(
 def collect(
     model: Model,
     prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
-    out: Annotated[Path, typer.Option(help="where to save the activations")],
+    out: Annotated[Path, typer.Option(help="folder for the states; an interrupted collection goes on")],
     data: Data = None,
     image: Annotated[str, typer.Option(help="none, image, blank, grey, black, noise, ...")] = "none",
     llm: Annotated[
         bool, typer.Option("--llm", help="the language model alone, which reads the text")
     ] = False,
+    position: Annotated[str, typer.Option(help="last, last_text, image, text, all, or an index")] = "last",
+    layers: Annotated[str | None, typer.Option(help='layers, as "2 3 4"; all by default')] = None,
+    guard: Annotated[Path | None, typer.Option(help="a saved guard that acts in the same pass")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="prompts per pass; halves when memory runs out")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="prompts per file; about 64 MB by default")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Hidden states of every layer at the last token of every prompt.
+    """Hidden states of every layer at one position of every prompt, streamed to disk.
 
     mechguard collect organism organism/anchors --llm --out runs/anchors
+
+    torchrun --nproc-per-node 2 -m mechguard collect organism organism/anchors --out runs/anchors
     """
     import mechguard as mg
+    from mechguard.processes import find_processes
+    from mechguard.sweeps import parse_layers
 
     asked = mg.load_prompts(prompts, data=data).with_image(image)
     vlm = mg.load(model)
-    activations = mg.collect(vlm.llm if llm else vlm, asked, out=out, progress=not quiet)
-    typer.echo(repr(activations))
+    activations = mg.collect(
+        vlm.llm if llm else vlm,
+        asked,
+        layers=parse_layers(layers) if layers else "all",
+        position=int(position) if position.lstrip("-").isdigit() else position,  # type: ignore[arg-type]
+        guard=mg.Guard.load(guard) if guard is not None else None,
+        batch_size=batch_size or "auto",
+        shard_size=shard_size or "auto",
+        out=out,
+        progress=not quiet,
+    )
+    if find_processes().leads:
+        typer.echo(repr(activations))
 
 
 @app.command()
@@ -200,6 +222,7 @@ def evaluate(
     mechguard evaluate organism organism/malicious --guard runs/organism/guards/vlm_guard --out runs/table.csv
     """
     import mechguard as mg
+    from mechguard.processes import find_processes
 
     asked = mg.load_prompts(prompts, data=data)
     guards = [None, *map(mg.Guard.load, guard or [])]
@@ -211,7 +234,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         progress=not quiet,
     )
-    typer.echo(str(result.save(out)))
+    if find_processes().leads:
+        typer.echo(str(result.save(out)))
 
 
 @app.command()

@@ -20,8 +20,10 @@ from torch import Tensor
 from mechguard.activations import Activations
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
+from mechguard.moments import Layer, can_stream, fit_layer
 from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
+from mechguard.shards import StoredStates
 from mechguard.storage import load_tensors, save_tensors
 
 KIND = "directions"
@@ -104,7 +106,7 @@ class Directions:
             raise MechguardError(
                 f"directions of d_model {self.d_model} do not fit states of d_model {activations.d_model}"
             )
-        return torch.einsum("lpd,ld->lp", activations.data, basis)
+        return _along(activations.data, basis)
 
     def truncated(self, rank: int) -> Directions:
         """The first `rank` directions of every layer."""
@@ -212,24 +214,42 @@ def fit_directions(activations: Activations, *, method: Method = "svd", rank: in
     """
     if method not in METHODS:
         raise MechguardError(f"method {method!r} is not known; use one of {', '.join(METHODS)}")
-    harmful, harmless, _ = activations.groups()
+    harmful, harmless, paired = activations.groups()
+    if method in PAIRED and not paired:
+        activations.prompts.pair_indices()  # refuses what has no pair
+    limit = 1
     if method in PAIRED:
-        rows, columns = activations.differences().shape[1:]
-        limit = min(rows - (method == "pca"), columns)
-    else:
-        limit = 1
+        limit = min(harmful.shape[1] - (method == "pca"), activations.d_model)
     if not 1 <= rank <= limit:
         raise MechguardError(
             f"rank {rank} does not exist for method {method!r} on these states; use 1 to {limit}"
         )
-    fit = METHODS[method]
-    bases = torch.stack([fit(bad, good, rank) for bad, good in zip(harmful, harmless, strict=True)])
-    midpoints = (harmful.mean(1) + harmless.mean(1)) / 2
-    gap = harmful.mean(1) - harmless.mean(1)
+    bases, means = _fit_layers(harmful, harmless, method, rank)
+    midpoints = (means[0] + means[1]) / 2
+    gap = means[0] - means[1]
     about = {**activations.about, "fitted_on": activations.name, "n": harmful.shape[1]}
     if marks := mark_texts(activations.prompts):  # states from elsewhere have no texts
         about[FITTED] = marks
     return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
+
+
+def _fit_layers(
+    harmful: Float[Tensor, "layer a d_model"],
+    harmless: Float[Tensor, "layer b d_model"],
+    method: Method,
+    rank: int,
+) -> tuple[Float[Tensor, "layer rank d_model"], Float[Tensor, "two layer d_model"]]:
+    """Bases and the means of both labels. States on disk of more prompts than d_model are added up piece by
+    piece, except for "logistic", which needs a whole layer at once."""
+    many = min(harmful.shape[1], harmless.shape[1]) > harmful.shape[2]
+    if many and can_stream(method) and isinstance(harmful, StoredStates):
+        assert isinstance(harmless, StoredStates)
+        layers = [Layer(harmful, harmless, index) for index in range(harmful.shape[0])]
+        bases, means = zip(*(fit_layer(layer, method, rank) for layer in layers), strict=True)
+        return torch.stack(bases), torch.stack([torch.stack(both) for both in means], dim=1).float()
+    fit = METHODS[method]
+    found = torch.stack([fit(bad, good, rank) for bad, good in zip(harmful, harmless, strict=True)])
+    return found, torch.stack([harmful.mean(1), harmless.mean(1)])
 
 
 def cross_project(
@@ -263,7 +283,7 @@ def cross_project(
         good = fitted.data[:, ~half & ~is_harmful].mean(1)
         unit = torch.nn.functional.normalize(bad - good, dim=-1)
         midpoint = torch.einsum("ld,ld->l", (bad + good) / 2, unit)
-        scores = torch.einsum("lpd,ld->lp", tested.data[:, half], unit) - midpoint.unsqueeze(1)
+        scores = _along(tested.data[:, half], unit) - midpoint.unsqueeze(1)
         halves.append((half.nonzero().squeeze(1), scores))
     return halves
 
@@ -274,6 +294,16 @@ def held_out_projections(activations: Activations, *, seed: int = 0) -> Float[Te
     for rows, projections in cross_project(activations, seed=seed):
         scores[:, rows] = projections
     return scores
+
+
+def _along(
+    states: Float[Tensor, "layer prompt d_model"], vectors: Float[Tensor, "layer d_model"]
+) -> Float[Tensor, "layer prompt"]:
+    """The projection of every state on its layer's vector; of states on disk one layer is held at a time."""
+    if isinstance(states, StoredStates):
+        pairs = zip(states, vectors.unsqueeze(1), strict=True)
+        return torch.cat([torch.einsum("lpd,ld->lp", layer[None], vector) for layer, vector in pairs])
+    return torch.einsum("lpd,ld->lp", states, vectors)
 
 
 def _svd(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:

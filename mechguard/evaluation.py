@@ -19,6 +19,7 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.judges import AnyJudge, Judge, Verdict, find_judge
 from mechguard.models import VLM
 from mechguard.overlaps import warn_of_fitted
+from mechguard.processes import find_processes
 from mechguard.prompts import Prompts
 from mechguard.responses import as_exchanges, gather_responses
 from mechguard.result import UNGUARDED, Result
@@ -96,8 +97,10 @@ def evaluate(
     )
     chosen = find_judge(judge, model.folder)
     judged = judge_responses(table, chosen)
-    if responses is not None:
-        save_responses(judged, responses)
+    processes = find_processes()
+    with processes.together():
+        if responses is not None and processes.leads:
+            save_responses(judged, responses)
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,

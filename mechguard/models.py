@@ -154,11 +154,15 @@ class VLM:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of samples of the decoder's weights: equal for a VLM and its LLM component."""
+        from accelerate.utils import align_module_device
+
         layers = self.hf_model.get_submodule(self.parts.layers)
         state = hashlib.sha256(f"{self.n_layers} {self.d_model}".encode())
-        for parameter in layers.parameters():
-            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
-            state.update(sample.to("cpu", torch.float32).numpy().tobytes())
+        for module in layers.modules():
+            with align_module_device(module):  # weights that are offloaded are there inside it
+                for parameter in module.parameters(recurse=False):
+                    sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
+                    state.update(sample.to("cpu", torch.float32).numpy().tobytes())
         return state.hexdigest()[:16]
 
     @cached_property

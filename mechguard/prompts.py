@@ -270,8 +270,11 @@ class Prompts(Sequence[Prompt]):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON lines, one prompt a line."""
-        lines = [json.dumps(_as_row(prompt), ensure_ascii=False) for prompt in self]
-        return write_text(path, "\n".join(lines) + "\n")
+        return write_text(path, self.as_lines())
+
+    def as_lines(self) -> str:
+        """JSON lines, one prompt a line."""
+        return "".join(json.dumps(_as_row(prompt), ensure_ascii=False) + "\n" for prompt in self)
 
     def pair_indices(self) -> tuple[list[int], list[int]]:
         """Positions of the harmful and of the harmless prompt of every pair, aligned.

@@ -7,6 +7,8 @@ batches, so that the texts are those of an uninterrupted run; judging comes late
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +21,17 @@ from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, Exchange, refusal_log_odds, refusal_token_ids
 from mechguard.models import VLM
+from mechguard.processes import Processes, find_processes
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED
-from mechguard.storage import append_lines, digest, read_json, read_lines, write_json
-from mechguard.tracing import BatchSize, Response, predict_next_tokens, respond_in_batches
+from mechguard.storage import append_lines, digest, read_json, read_lines, write_json, write_text
+from mechguard.tracing import (
+    BatchSize,
+    Response,
+    plan_batches,
+    predict_next_tokens,
+    respond_in_batches,
+)
 
 KL = "kl_first_token"
 
@@ -51,6 +60,7 @@ def gather_responses(
             (`kl_first_token`, nats). Costs two more passes over each prompt.
         refusal_openings: words that refusals begin with; see `judges.RefusalOdds`.
         out: a file of JSON lines to which each finished batch is added, and from which known rows are taken.
+            Several processes (`torchrun`, `accelerate launch`) share the batches, with or without a file.
 
     Returns:
         Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `request`
@@ -69,9 +79,13 @@ def gather_responses(
     words = default_conditions(model, prompts) if conditions is None else list(conditions)
     sent = {condition: prompts.with_image(condition) for condition in words}
     known: dict[str, dict[str, Any]] = {}
+    processes = find_processes()
     if out is not None:
-        _claim(Path(out), model, sent, prompts.name, named, max_new_tokens)
-        known = {row["key"]: row for row in read_lines(out)}
+        with processes.together():
+            if processes.leads:
+                _claim(Path(out), model, sent, prompts.name, named, max_new_tokens)
+        with processes.together():  # all have read before any of them adds to it
+            known = {row["key"]: row for file in _files(Path(out)) for row in read_lines(file)}
     odds = refusal_token_ids(model.tokenizer, refusal_openings) if first_token else []
     # All conditions in one call: the fewer batches, the fewer steps.
     everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
@@ -82,7 +96,10 @@ def gather_responses(
         ]
         for name in named
     }
-    for name, guard in named.items():
+    plan = plan_batches(model, everything, batch_size)
+    foreign = {row for number, rows in enumerate(plan) if not processes.owns(number) for row in rows}
+
+    def answer(name: str, guard: AnyGuard | None) -> Iterator[list[dict[str, Any]]]:
         rendered = model.render(everything if guard is None else guard.wrap(everything))
         batches = respond_in_batches(
             model,
@@ -91,12 +108,12 @@ def gather_responses(
             teacher=teacher,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            known={row for row, key in enumerate(keys[name]) if key in known},
-            progress=progress,
+            known={row for row, key in enumerate(keys[name]) if key in known} | foreign,
+            progress=progress and processes.leads,
         )
         for rows, responses, seconds in _timed(batches):
             measured = _first_tokens(model, everything, rows, guard, teacher, odds) if first_token else {}
-            new = [
+            yield [
                 {
                     "key": keys[name][row],
                     "setting": prompts.name,
@@ -107,10 +124,21 @@ def gather_responses(
                     **{column: values[place] for column, values in measured.items()},
                 }
                 for place, (row, response) in enumerate(zip(rows, responses, strict=True))
+                if keys[name][row] not in known
             ]
-            if out is not None:
-                append_lines(out, [row for row in new if row["key"] not in known])
-            known.update((row["key"], row) for row in new if row["key"] not in known)
+
+    with processes.together():
+        for name, guard in named.items():
+            for new in answer(name, guard):
+                if out is not None:
+                    append_lines(_own_file(Path(out), processes), new)
+                known.update((row["key"], row) for row in new)
+    if processes.count > 1:
+        known = {row["key"]: row for row in processes.gather(list(known.values()))}
+        order = [keys[name][row] for name in named for rows in plan for row in rows]
+        with processes.together():
+            if out is not None and processes.leads:
+                _merge(Path(out), known, order)
     order = [
         keys[name][row]
         for condition in words
@@ -153,6 +181,25 @@ def default_conditions(model: VLM, prompts: Prompts) -> list[str]:
 def make_key(setting: str, condition: str, guard: str, prompt: str) -> str:
     """The key of one response; says nothing to a reader."""
     return digest(setting, condition, guard, prompt)
+
+
+def _own_file(path: Path, processes: Processes) -> Path:
+    """Where this process adds its responses; those of others than the first join the store at the end."""
+    return path if processes.leads else path.with_suffix(f".rank{processes.rank}.jsonl")
+
+
+def _files(path: Path) -> list[Path]:
+    """A store, and what other processes of an interrupted run have added beside it."""
+    return [path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))]
+
+
+def _merge(path: Path, known: dict[str, dict[str, Any]], order: list[str]) -> None:
+    """Write the responses of all processes as one would have, and take their parts away."""
+    mine = set(order)
+    rows = [row for row in read_lines(path) if row["key"] not in mine] + [known[key] for key in order]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for part in _files(path)[1:]:
+        part.unlink()
 
 
 def _facts(

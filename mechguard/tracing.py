@@ -6,11 +6,13 @@ length, so that little padding is computed, and come back in their own order.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,7 +26,9 @@ from mechguard.guards import Guard
 from mechguard.guards.steering import AnyGuard, Steering
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
+from mechguard.processes import find_processes
 from mechguard.prompts import Prompt, Prompts, as_prompts
+from mechguard.shards import Store, hash_texts, shard_size_for
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
 # models are bound by the cost of a step, large ones by memory.
@@ -66,6 +70,7 @@ def collect(
     teacher: VLM | None = None,
     batch_size: BatchSize = "auto",
     out: str | os.PathLike[str] | None = None,
+    shard_size: int | Literal["auto"] = "auto",
     progress: bool = True,
 ) -> Activations:
     """Read the hidden state after every decoder layer at one position of every prompt.
@@ -82,26 +87,35 @@ def collect(
         guard: acts in the same pass, at the prompt; states are read after it.
         teacher: who supervises the guard; the model's own LLM component by default.
         batch_size: "auto" halves on out-of-memory.
-        out: also save the activations there.
+        out: a folder. The states go there shard by shard and stay there (see `shards`): memory does not grow
+            with the number of prompts. The same call again goes on where it was interrupted, and several
+            processes (`torchrun`, `accelerate launch`) share the shards.
+        shard_size: prompts in a shard of `out`; "auto" takes about 64 MB.
 
     Returns:
-        float32 [layer, prompt, d_model], on the CPU.
+        float32 [layer, prompt, d_model], on the CPU, or in `out`.
 
     Raises:
-        MechguardError: no prompts, a layer outside the model, pictures for a text-only model.
+        MechguardError: no prompts, a layer outside the model, pictures for a text-only model; a folder
+            `out` that another process is filling, that holds states of something else, or a damaged file.
     """
     sent = _ready(model, prompts, guard)
     chosen = _layer_numbers(model, layers)
     teacher = teacher or model.llm
-    data = torch.empty(len(chosen), len(sent), model.d_model)
+    processes = find_processes()
 
-    def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
-        batch = [sent[row] for row in rows]
-        return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
+    def read(some: Prompts, label: str) -> Float[Tensor, "layer prompt d_model"]:
+        def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
+            batch = [some[row] for row in rows]
+            return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
+
+        data = torch.empty(len(chosen), len(some), model.d_model)
+        shown = progress and processes.leads
+        for rows, states in _in_batches(work, some, model.d_model, batch_size, label, shown):
+            data[:, rows] = states.to("cpu", torch.float32)
+        return data
 
     label = f"collect {model.view} {sent.condition}"
-    for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
-        data[:, rows] = states.to("cpu", torch.float32)
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -111,10 +125,24 @@ def collect(
         "guard": "none" if guard is None else guard.name,
         "prompts": sent.fingerprint,
     }
-    activations = Activations(data, chosen, sent, about)
-    if out is not None:
-        activations.save(out)
-    return activations
+    if out is None:
+        return Activations(read(sent, label), chosen, sent, about)
+    store = Store(
+        Path(out),
+        identity=_identity(model, sent, chosen, position, guard, teacher),
+        facts={"layers": chosen, "name": sent.name, "about": about},
+        prompts=sent.as_lines().encode(),
+        shape=(len(chosen), len(sent), model.d_model),
+        size=_shard_size(shard_size, len(chosen), model.d_model),
+        processes=processes,
+    )
+
+    def read_shard(number: int, span: range) -> Float[Tensor, "layer prompt d_model"]:
+        some = sent[span.start : span.stop]
+        states = read(some, f"{label}, shard {number + 1} of {len(store.spans)}")
+        return Activations(states, chosen, some, about).data  # looked at before it is written
+
+    return Activations(store.fill(read_shard), chosen, sent, about)
 
 
 def predict_next_tokens(
@@ -281,6 +309,44 @@ def _check_settings(guards: Sequence[Guard], settings: dict[str, Any], own_teach
         )
 
 
+def _identity(
+    model: VLM, sent: Prompts, layers: list[int], position: Position, guard: AnyGuard | None, teacher: VLM
+) -> dict[str, Any]:
+    """What the states in a store belong to."""
+    place = name_of(position)
+    if callable(position):
+        place = f"{place} {hash_texts([_source(position)])}"
+    return {
+        "model": model.fingerprint,
+        "view": model.view,
+        "prompts": sent.fingerprint,
+        "rendering": hash_texts(model.render([prompt])[0] for prompt in sent),
+        "layers": layers,
+        "position": place,
+        "guard": "none" if guard is None else f"{guard.name} {guard.fingerprint}",
+        "teacher": "none" if guard is None else teacher.fingerprint,
+    }
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The text of a function, to recognise it by."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        raise MechguardError(
+            "a position whose source cannot be read cannot be recognised again; define it in a file, or "
+            "collect without out="
+        ) from None
+
+
+def _shard_size(asked: int | Literal["auto"], n_layers: int, d_model: int) -> int:
+    if asked == "auto":
+        return shard_size_for(n_layers, d_model)
+    if asked < 1:
+        raise MechguardError(f"shard_size={asked} is not a size; give 1 or more")
+    return asked
+
+
 def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[int]:
     if layers == "all":
         return list(range(model.n_layers))
@@ -314,15 +380,11 @@ def _in_batches(
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
     """
-    size = _auto_batch_size(width) if batch_size == "auto" else batch_size
-    if size < 1:
-        raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
-    counts = [len(prompt.images) for prompt in prompts]
-    groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
-    with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
+    size = _batch_size(width, batch_size)
+    groups = _groups(prompts)
+    with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         for group in groups:
-            start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
+            start, limit = 0, _equal(len(group), size)
             while start < len(group):
                 rows = group[start : start + limit]
                 if all(row in known for row in rows):
@@ -342,9 +404,35 @@ def _in_batches(
                 start += len(rows)
 
 
-def _auto_batch_size(width: int) -> int:
-    smallest, largest = AUTO_BATCH_LIMITS
-    return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+def plan_batches(model: VLM, prompts: Prompts, batch_size: BatchSize) -> list[list[int]]:
+    """The rows of each batch, as they are sent as long as memory does not run out."""
+    size = _batch_size(model.d_model, batch_size)
+    return [
+        group[start : start + _equal(len(group), size)]
+        for group in _groups(prompts)
+        for start in range(0, len(group), _equal(len(group), size))
+    ]
+
+
+def _groups(prompts: Prompts) -> list[list[int]]:
+    """Rows sorted by length, those with different numbers of pictures apart."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    counts = [len(prompt.images) for prompt in prompts]
+    return [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
+
+
+def _equal(count: int, size: int) -> int:
+    """The size of batches of equal size."""
+    return math.ceil(count / math.ceil(count / size))
+
+
+def _batch_size(width: int, asked: BatchSize) -> int:
+    if asked == "auto":
+        smallest, largest = AUTO_BATCH_LIMITS
+        return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+    if asked < 1:
+        raise MechguardError(f"batch_size={asked} is not a size; give 1 or more")
+    return asked
 
 
 def _trace_states(
