@@ -6,10 +6,10 @@ judge turns such a table into rates, then or later.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -23,7 +23,7 @@ from mechguard.prompts import Prompts
 from mechguard.responses import as_exchanges, gather_responses
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import bootstrap_mean, wilson_interval
-from mechguard.storage import write_text
+from mechguard.storage import hold_file, read_lines, write_lines
 from mechguard.tracing import BatchSize
 
 # metric -> the column of the judged responses it averages, for each label, and for prompts with an answer
@@ -83,21 +83,22 @@ def evaluate(
         is left out.
     """
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
-    table = gather_responses(
-        model,
-        prompts,
-        guards=guards,
-        conditions=conditions,
-        teacher=teacher,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        out=responses,
-        progress=progress,
-    )
     chosen = find_judge(judge, model.folder)
-    judged = judge_responses(table, chosen)
-    if responses is not None:
-        save_responses(judged, responses)
+    with nullcontext() if responses is None else hold_file(responses):
+        table = gather_responses(
+            model,
+            prompts,
+            guards=guards,
+            conditions=conditions,
+            teacher=teacher,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            out=responses,
+            progress=progress,
+        )
+        judged = judge_responses(table, chosen)
+        if responses is not None:
+            save_responses(judged, responses)
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -167,7 +168,8 @@ def _mean(values: pd.Series) -> dict[str, Any]:
 
 
 def save_responses(judged: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write responses as JSON lines."""
+    """Write responses as JSON lines; others that the store holds stay in it."""
     rows = judged.astype(object).where(judged.notna(), None).to_dict("records")
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_text(path, "\n".join(lines) + "\n")
+    written = {row.get("key") for row in rows}
+    others = [row for row in read_lines(path) if row.get("key") not in written]
+    write_lines(path, rows + others)

@@ -34,7 +34,7 @@ from mechguard.prompts import Label, Prompts
 from mechguard.quality import measure_perplexity, measure_quality
 from mechguard.responses import gather_responses
 from mechguard.result import Result
-from mechguard.storage import file_name, read_json, versions, write_json
+from mechguard.storage import file_name, hold_folder, parsing, read_json, versions, write_json
 from mechguard.study import find_data_folder
 
 # A white picture is the blank one; it is answered once.
@@ -187,6 +187,10 @@ class Protocol:
 
     def run(self, judges: Sequence[AnyJudge]) -> Result:
         """Answer, judge, measure quality; the tables are written to `results/`."""
+        with hold_folder(self.out):
+            return self._run(judges)
+
+    def _run(self, judges: Sequence[AnyJudge]) -> Result:
         self._claim()
         responses = self.answer()
         table = judge_run(self.out, judges, progress=self.progress)
@@ -221,7 +225,8 @@ class Protocol:
         }
         place = self.out / "protocol.json"
         if place.is_file():
-            found = read_json(place)
+            with parsing(place, "what a run belongs to"):
+                found = dict(read_json(place))
             if differing := [key for key in facts if found.get(key) != facts[key]]:
                 raise MechguardError(
                     f"{self.out} holds a run with another {', '.join(differing)}; give another folder"

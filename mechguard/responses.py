@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, Exchange, refusal_log_o
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED
-from mechguard.storage import append_lines, digest, read_json, read_lines, write_json
+from mechguard.storage import append_lines, digest, hold_file, parsing, read_json, read_lines, write_json
 from mechguard.tracing import BatchSize, Response, predict_next_tokens, respond_in_batches
 
 KL = "kl_first_token"
+COUNT = "responses"  # in a store's claim: how many it held when an evaluation ended
 
 
 def gather_responses(
@@ -60,19 +62,45 @@ def gather_responses(
 
     Raises:
         MechguardError: two guards have one name, or `out` holds responses of another model, of other
-            prompts, or of another guard of the same name.
+            prompts, or of another guard of the same name, is damaged, or another process adds to it.
     """
+    with nullcontext() if out is None else hold_file(out):
+        return _gather(
+            model,
+            prompts,
+            guards,
+            default_conditions(model, prompts) if conditions is None else list(conditions),
+            None if out is None else Path(out),
+            refusal_token_ids(model.tokenizer, refusal_openings) if first_token else None,
+            teacher=teacher,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+def _gather(
+    model: VLM,
+    prompts: Prompts,
+    guards: Sequence[AnyGuard | None],
+    words: list[str],
+    out: Path | None,
+    odds: Sequence[int] | None,
+    *,
+    teacher: VLM | None,
+    max_new_tokens: int,
+    batch_size: BatchSize,
+    progress: bool,
+) -> pd.DataFrame:
     named = {UNGUARDED if guard is None else guard.name: guard for guard in guards}
     if len(named) != len(guards):
         names = [UNGUARDED if guard is None else guard.name for guard in guards]
         raise MechguardError(f"guards must have different names, found {names}; use guard.renamed(...)")
-    words = default_conditions(model, prompts) if conditions is None else list(conditions)
     sent = {condition: prompts.with_image(condition) for condition in words}
     known: dict[str, dict[str, Any]] = {}
     if out is not None:
-        _claim(Path(out), model, sent, prompts.name, named, max_new_tokens)
-        known = {row["key"]: row for row in read_lines(out)}
-    odds = refusal_token_ids(model.tokenizer, refusal_openings) if first_token else []
+        _claim(out, model, sent, prompts.name, named, max_new_tokens)
+        known = {row["key"]: row for row in read_lines(out, needed=("key", "response"))}
     # All conditions in one call: the fewer batches, the fewer steps.
     everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
     where = [condition for condition, batch in sent.items() for _ in batch]
@@ -95,7 +123,7 @@ def gather_responses(
             progress=progress,
         )
         for rows, responses, seconds in _timed(batches):
-            measured = _first_tokens(model, everything, rows, guard, teacher, odds) if first_token else {}
+            measured = _first_tokens(model, everything, rows, guard, teacher, odds) if odds is not None else {}
             new = [
                 {
                     "key": keys[name][row],
@@ -118,6 +146,8 @@ def gather_responses(
         for row, place in enumerate(where)
         if place == condition
     ]
+    if out is not None:
+        _count(out, len(known))
     return pd.DataFrame([known[key] for key in order])
 
 
@@ -125,11 +155,17 @@ def read_responses(path: str | os.PathLike[str]) -> pd.DataFrame:
     """The responses of a store, in its order.
 
     Raises:
-        MechguardError: there is no such file, it holds none, or a line is broken.
+        MechguardError: there is no such file, it holds none, a line is broken, or some are gone.
     """
-    rows = {row["key"]: row for row in read_lines(path)}
+    rows = {row["key"]: row for row in read_lines(path, needed=("key", "response"))}
     if not rows:
         raise MechguardError(f"there are no responses in {path}; give the store of an evaluation")
+    claim = _read_claim(Path(path))
+    if len(rows) < claim.get(COUNT, 0):
+        raise MechguardError(
+            f"{path} holds {len(rows)} of the {claim[COUNT]} responses that were stored: it was cut; run the "
+            "same evaluation again, which answers the others"
+        )
     return pd.DataFrame(list(rows.values()))
 
 
@@ -223,7 +259,7 @@ def _claim(
 ) -> None:
     """Say what the store belongs to, or refuse one that belongs to something else."""
     place = path.with_suffix(".json")
-    known: dict[str, Any] = read_json(place) if place.is_file() else {}
+    known = _read_claim(path)
     if not known and path.is_file():
         raise MechguardError(f"{path} is there without its {place.name}; give another file, or remove it")
     wanted: dict[str, Any] = {
@@ -238,6 +274,23 @@ def _claim(
                 raise MechguardError(
                     f"{path} holds responses with another {name!r} (in its {part}); give another file"
                 )
-    merged = {part: {**known.get(part, {}), **facts} for part, facts in wanted.items()}
+    merged = {**known, **{part: {**known.get(part, {}), **facts} for part, facts in wanted.items()}}
     if merged != known:
         write_json(place, merged)
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    """What a store says of itself; nothing where it was not written here."""
+    place = path.with_suffix(".json")
+    if not place.is_file():
+        return {}
+    found = read_json(place)
+    with parsing(place, "what a store of responses belongs to"):
+        return {name: int(part) if name == COUNT else dict(part) for name, part in found.items()}
+
+
+def _count(path: Path, count: int) -> None:
+    """Note how many responses a store holds, so that one that is cut later is found."""
+    claim = _read_claim(path)
+    if claim.get(COUNT) != count:
+        write_json(path.with_suffix(".json"), {**claim, COUNT: count})

@@ -39,7 +39,7 @@ from mechguard.report import write_figures, write_report
 from mechguard.responses import default_conditions
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
-from mechguard.storage import read_json, versions, write_json
+from mechguard.storage import hold_folder, parsing, read_json, versions, write_json
 from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
 from mechguard.transfer import measure_angles, measure_transfer
@@ -405,11 +405,11 @@ def run_study(
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
-    _claim(folder, vlm, prompts, settings)
-    warn_of_shared(prompts.kept_apart)
     sources = {role: describe_source(role, find_data_folder(vlm, data)) for role in ROLES}
     study = Study(vlm, prompts, settings, folder, progress, circuits, sources)
-    with warnings.catch_warnings():
+    with hold_folder(folder), warnings.catch_warnings():
+        _claim(folder, vlm, prompts, settings)
+        warn_of_shared(prompts.kept_apart)
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
         flag = " --circuits" if circuits else ""
         said = command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}{flag}"
@@ -501,7 +501,8 @@ def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) ->
     }
     file = folder / "settings.json"
     if file.is_file():
-        found = read_json(file)
+        with parsing(file, "what a study belongs to"):
+            found = dict(read_json(file))
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             raise MechguardError(
