@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
-from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label, read_row
+from mechguard.storage import check_numbers, load_tensors, parsing, save_tensors
 
 KIND = "activations"
 
@@ -49,7 +49,7 @@ class Activations:
                 f"{wanted[1]} prompts"
             )
         if not torch.isfinite(self.data).all():
-            raise MechguardError("activations contain NaN or infinity; load the model in float32 or bfloat16")
+            raise MechguardError(_describe_nonfinite(self.data, self.layers, self.prompts))
 
     @classmethod
     def from_tensor(
@@ -162,7 +162,7 @@ class Activations:
             "layers": self.layers,
             "name": self.prompts.name,
             "about": {**self.about, "condition": self.condition},
-            "prompts": self.prompts.to_pandas().to_dict("records"),
+            "prompts": self.prompts.to_rows(),
         }
         return save_tensors(path, KIND, {"data": self.data}, facts)
 
@@ -170,9 +170,10 @@ class Activations:
     def load(cls, path: str | os.PathLike[str]) -> Activations:
         """Read saved activations; pictures come back as their description only."""
         tensors, facts = load_tensors(path, KIND)
-        rows = [{**row, "own_image": row["image"]} for row in facts["prompts"]]
-        prompts = Prompts([Prompt(**row) for row in rows], name=facts["name"])
-        return cls(tensors["data"], list(facts["layers"]), prompts, facts["about"])
+        with parsing(path, KIND):
+            prompts = Prompts(map(read_row, facts["prompts"]), name=str(facts["name"]))
+            layers = [int(layer) for layer in facts["layers"]]
+            return cls(check_numbers(tensors["data"]), layers, prompts, dict(facts["about"]))
 
     def __repr__(self) -> str:
         layers, prompts, width = self.data.shape
@@ -192,6 +193,20 @@ class Activations:
         preview = f"<div>mean norm by layer {line} {norms[0]:.3g} to {norms[-1]:.3g}</div>" if norms else ""
         following = ("mg.fit_directions(...)", "mg.measure_separability(...)", "mg.map_states([...])")
         return draw_card(f"Activations: {self.name}", facts, preview=preview, following=following)
+
+
+def _describe_nonfinite(
+    data: Float[Tensor, "layer prompt d_model"], layers: Sequence[int], prompts: Prompts
+) -> str:
+    """Which prompts have states that are no numbers, and from which layer on."""
+    bad = ~torch.isfinite(data).all(-1)
+    rows = bad.any(0).nonzero().flatten().tolist()
+    first = layers[int(bad.any(1).nonzero()[0])]
+    listed = ", ".join(prompts[row].id for row in rows[:20]) + (", ..." if len(rows) > 20 else "")
+    return (
+        f"activations contain NaN or infinity: {len(rows)} of {len(prompts)} prompts ({listed}), from layer "
+        f"{first} on; load the model in float32 or bfloat16, or leave these prompts out (prompts.filter)"
+    )
 
 
 def _plain(label: Any) -> Any:

@@ -327,7 +327,7 @@ class Comparison:
 
     @cached_property
     def _known(self) -> dict[str, list[dict[str, Any]]]:
-        lines = read_lines(self.out / "cells.jsonl", needed=("cell", "rows"))
+        lines = read_lines(self.out / "cells.jsonl", needed=("cell", "rows"), adding=True)
         return {line["cell"]: line["rows"] for line in lines}
 
     def claim(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -84,7 +83,7 @@ def evaluate(
     """
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     chosen = find_judge(judge, model.folder)
-    with nullcontext() if responses is None else hold_file(responses):
+    with hold_file(responses):
         table = gather_responses(
             model,
             prompts,
@@ -105,6 +104,7 @@ def evaluate(
         "judge": chosen.name,
         "max_new_tokens": max_new_tokens,
         "guards": [UNGUARDED if guard is None else repr(guard) for guard in guards],
+        **({"skipped": list(prompts.skipped)} if prompts.skipped else {}),
     }
     return measure_behaviour(judged, split=split, about=about)
 

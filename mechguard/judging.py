@@ -93,7 +93,7 @@ def _store_verdicts(root: Path, responses: pd.DataFrame, judge: Judge, progress:
     if judge.name not in names:
         write_json(root / VERDICTS / NAMES, [*names, judge.name])
     place = _verdicts_of(root, judge.name)
-    known = {line["key"] for line in read_lines(place, needed=("key",))}
+    known = {line["key"] for line in read_lines(place, needed=("key",), adding=True)}
     left = responses[~responses["key"].isin(known)]
     with tqdm(total=len(left), desc=f"judge {judge.name}", disable=not progress, leave=False) as bar:
         for start in range(0, len(left), JUDGED_AT_ONCE):

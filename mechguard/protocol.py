@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mechguard.comparison import METHODS, Comparison, Method
-from mechguard.datasets import load_from_folder
+from mechguard.datasets import load_from_folder, skip_unreadable_pictures
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import REFUSAL_OPENINGS, AnyJudge
@@ -220,6 +220,7 @@ class Protocol:
             "reference": None if self.reference is None else self.reference.fingerprint,
             "prompts": {name: [len(prompts), prompts.fingerprint] for name, prompts in sets.items()},
             "conditions": {name: self.conditions(name) for name in self.settings},
+            "skipped": {name: list(one.skipped) for name, one in sets.items() if one.skipped},
             "missing": [name for name in SETTINGS if name not in self.settings],
             "options": {key: _as_json(value) for key, value in asdict(self.options).items()},
         }
@@ -246,6 +247,7 @@ def run_protocol(
     judges: Sequence[AnyJudge] = JUDGES,
     reference: VLM | None = None,
     options: Options | None = None,
+    skip_unreadable: bool = False,
     progress: bool = True,
 ) -> Result:
     """Run the protocol of the paper, or go on with it.
@@ -258,6 +260,7 @@ def run_protocol(
         judges: the first one's table is `results/behaviour`; see `judge_run`.
         reference: whose language model gives perplexities; the model's own by default.
         options: see `Options`.
+        skip_unreadable: leave out prompts whose picture cannot be read; protocol.json lists them.
 
     Returns:
         Rows setting x condition x guard x metric x judge.
@@ -274,7 +277,7 @@ def run_protocol(
         model,
         load_from_folder("anchors", folder),
         load_from_folder("validation", folder),
-        load_settings(folder, chosen.limit),
+        load_settings(folder, chosen.limit, skip_unreadable=skip_unreadable),
         Path(out),
         chosen,
         reference,
@@ -290,7 +293,9 @@ def default_options(model: VLM) -> Options:
     return Options()
 
 
-def load_settings(folder: Path, limit: int | None = None) -> dict[str, Prompts]:
+def load_settings(
+    folder: Path, limit: int | None = None, *, skip_unreadable: bool = False
+) -> dict[str, Prompts]:
     """The settings that a data folder has.
 
     Raises:
@@ -301,6 +306,8 @@ def load_settings(folder: Path, limit: int | None = None) -> dict[str, Prompts]:
         prompts = _first_found(setting, folder)
         if prompts is not None and setting.label is not None:
             prompts = prompts.with_label(setting.label)
+        if prompts and skip_unreadable:
+            prompts = skip_unreadable_pictures(prompts)
         if prompts:
             found[name] = prompts.first(limit).renamed(name)
         elif setting.needed:

@@ -346,7 +346,7 @@ def _flattened(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _read_responses(path: Path) -> pd.DataFrame:
-    return pd.DataFrame(read_lines(path))
+    return pd.DataFrame(read_lines(path, needed=("id", "condition", "guard", "label")))
 
 
 def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:

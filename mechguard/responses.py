@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def gather_responses(
         MechguardError: two guards have one name, or `out` holds responses of another model, of other
             prompts, or of another guard of the same name, is damaged, or another process adds to it.
     """
-    with nullcontext() if out is None else hold_file(out):
+    with hold_file(out):
         return _gather(
             model,
             prompts,
@@ -100,7 +99,7 @@ def _gather(
     known: dict[str, dict[str, Any]] = {}
     if out is not None:
         _claim(out, model, sent, prompts.name, named, max_new_tokens)
-        known = {row["key"]: row for row in read_lines(out, needed=("key", "response"))}
+        known = {row["key"]: row for row in read_lines(out, needed=("key", "response"), adding=True)}
     # All conditions in one call: the fewer batches, the fewer steps.
     everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
     where = [condition for condition, batch in sent.items() for _ in batch]
@@ -123,7 +122,9 @@ def _gather(
             progress=progress,
         )
         for rows, responses, seconds in _timed(batches):
-            measured = _first_tokens(model, everything, rows, guard, teacher, odds) if odds is not None else {}
+            measured = (
+                _first_tokens(model, everything, rows, guard, teacher, odds) if odds is not None else {}
+            )
             new = [
                 {
                     "key": keys[name][row],

@@ -118,7 +118,9 @@ class Result:
                 dtype=words if facts else None,
             )
         except (pd.errors.ParserError, ValueError, OverflowError) as error:
-            raise MechguardError(f"{file} is not a readable CSV ({first_line(error)}); write it again") from None
+            raise MechguardError(
+                f"{file} is not a readable CSV ({first_line(error)}); write it again"
+            ) from None
         return cls(table, read_json(file.with_suffix(".json")) if about is None else about)
 
     def _repr_html_(self) -> str:

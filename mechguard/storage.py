@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mechguard", "torch", "transformers", "nnsight", "scikit-learn", "numpy")
 BLOCK = 1 << 16  # bytes looked at in one go from the end of a file
+NUMBERS = ("torch.float32", "torch.float64", "torch.bfloat16", "torch.float16")
 UNFINISHED = ".unfinished"  # ends the temporary name of a file that is being written
 CHECK = "crc32"  # the last entry of every line: the checksum of the line without it
 CHECKED = re.compile(rb'(.*?)(?:, )?"crc32": "([0-9a-f]{8})"\}', re.DOTALL)
@@ -106,11 +107,15 @@ def append_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> None:
             _flush_folder(target.parent)
 
 
-def read_lines(path: str | os.PathLike[str], *, needed: Sequence[str] = ()) -> list[Any]:
+def read_lines(
+    path: str | os.PathLike[str], *, needed: Sequence[str] = (), adding: bool = False
+) -> list[Any]:
     """Read what `append_lines` wrote; a last line that was cut off by a kill is left out.
 
     Args:
         needed: names that every line must hold.
+        adding: whether lines are to be added: then a last line without an end is left out even if it can be
+            read, for it will be cut off.
 
     Raises:
         MechguardError: a line before the last is damaged. A file in which no line has a checksum was not
@@ -118,7 +123,7 @@ def read_lines(path: str | os.PathLike[str], *, needed: Sequence[str] = ()) -> l
     """
     target = Path(path)
     content = target.read_bytes() if target.is_file() else b""
-    lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
+    *lines, last = content.split(b"\n")
     checked = any(CHECKED.fullmatch(line) for line in lines)
     found = []
     for number, line in enumerate(lines, start=1):
@@ -131,6 +136,9 @@ def read_lines(path: str | os.PathLike[str], *, needed: Sequence[str] = ()) -> l
                 f"line {number} of {target} is damaged ({first_line(error)}); delete that line, and what it "
                 "held is measured again"
             ) from None
+    if last.strip() and not adding:
+        with suppress(*UNREADABLE):
+            found.append(_read_line(last, checked, needed))
     return found
 
 
@@ -229,8 +237,14 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def hold_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes from adding to a file of lines until the block ends; see `hold_folder`."""
+def hold_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Keep other processes from adding to a file of lines until the block ends; see `hold_folder`.
+
+    None stands for no file, and holds nothing.
+    """
+    if path is None:
+        yield
+        return
     file = Path(path)
     with _held(file.with_name(f".{file.name}.lock"), file):
         for name in {file.name, f"{file.stem}.json"}:
@@ -267,8 +281,8 @@ def _writing(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise DiskError(
-            f"{target} cannot be written ({error.strerror or error}); what was written before it is kept, and "
-            "the same call goes on from there once there is room"
+            f"{target} cannot be written ({error.strerror or error}); what was written before it is kept, "
+            "and the same call goes on from there once there is room"
         ) from error
 
 
@@ -339,6 +353,17 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         raise MechguardError(
             f"{file} does not hold tensors ({first_line(error)}); save the {kind} again"
         ) from None
+
+
+def check_numbers(tensor: Tensor) -> Tensor:
+    """A tensor from a file, as float32.
+
+    Raises:
+        MechguardError: it holds something else.
+    """
+    if str(tensor.dtype) not in NUMBERS:
+        raise MechguardError(f"found a tensor of {tensor.dtype}; wanted float32")
+    return tensor.float()
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:

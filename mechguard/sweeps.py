@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
@@ -116,8 +115,8 @@ def sweep(
     bound = (model.fingerprint, prompts.fingerprint, fitted, repr(judge), asked)
     tables = []
     about: dict[str, Any] = {}
-    with nullcontext() if out is None else hold_file(out):
-        lines = [] if out is None else read_lines(out, needed=("cell", "about", "rows"))
+    with hold_file(out):
+        lines = [] if out is None else read_lines(out, needed=("cell", "about", "rows"), adding=True)
         known = {line["cell"]: line for line in lines}
         for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
             mark = digest(*bound, facts)
