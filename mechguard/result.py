@@ -107,8 +107,8 @@ class Result:
                 words = dict.fromkeys(map(str, facts.get("text", ())), str)
         if facts.get("sha256") not in (None, hashlib.sha256(content).hexdigest()):
             raise MechguardError(
-                f"{file} is not the table that was saved (its checksum differs); make it again, or, if it was "
-                f"changed on purpose, take {TABLE!r} out of {file.with_suffix('.json').name}"
+                f"{file} is not the table that was saved (its checksum differs); make it again, or, if it "
+                f"was changed on purpose, take {TABLE!r} out of {file.with_suffix('.json').name}"
             )
         try:
             table = pd.read_csv(
