@@ -108,7 +108,7 @@ class Activations:
     @property
     def name(self) -> str:
         """How results call these states: the view and the condition, e.g. "llm text", "vlm blank"."""
-        return " ".join(filter(None, [self.about.get("view"), self.condition]))
+        return " ".join(map(str, filter(None, [self.about.get("view"), self.condition])))
 
     def at(self, layer: int) -> Float[Tensor, "prompt d_model"]:
         """The states after one decoder layer."""

@@ -95,7 +95,7 @@ class Directions:
     @property
     def name(self) -> str:
         """How results call it: the method and the states it was fitted on, e.g. "svd, llm text"."""
-        return ", ".join(filter(None, [self.method, self.about.get("fitted_on")]))
+        return ", ".join(map(str, filter(None, [self.method, self.about.get("fitted_on")])))
 
     def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
         """The basis of one layer."""

@@ -110,11 +110,11 @@ class Prompts(Sequence[Prompt]):
     """
 
     def __init__(
-        self, prompts: Iterable[Prompt], *, name: str = "prompts", skipped: Sequence[str] = ()
+        self, prompts: Iterable[Prompt], *, name: str = "prompts", left_out: Iterable[Prompt] = ()
     ) -> None:
         self._prompts = tuple(prompts)
         self.name = name
-        self.skipped = tuple(skipped)
+        self._left_out = tuple(left_out)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -133,8 +133,7 @@ class Prompts(Sequence[Prompt]):
 
     def __add__(self, other: Prompts) -> Prompts:
         name = self.name if self.name == other.name else f"{self.name}+{other.name}"
-        skipped = dict.fromkeys([*self.skipped, *other.skipped])
-        return Prompts([*self, *other], name=name, skipped=tuple(skipped))
+        return Prompts([*self, *other], name=name, left_out=self._left_out + other._left_out)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prompts) and self._prompts == other._prompts
@@ -180,6 +179,18 @@ class Prompts(Sequence[Prompt]):
         """A hash of what is sent: texts, labels, pairs and pictures."""
         return digest([[p.id, p.text, p.label, p.pair, _describe_image(p.image)] for p in self])
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The ids of the prompts that `without_unreadable` left out."""
+        return tuple(prompt.id for prompt in self._left_out)
+
+    @property
+    def whole_fingerprint(self) -> str:
+        """A hash of what would be sent if no prompt were left out, whatever the order."""
+        everything = Prompts([*self, *self._left_out])
+        rows = [[p.id, p.text, p.label, p.pair, _describe_image(p.image)] for p in everything]
+        return digest(sorted(rows, key=str))
+
     def filter(self, keep: Callable[[Prompt], bool]) -> Prompts:
         """The prompts for which `keep` is true."""
         return self._with(filter(keep, self))
@@ -200,7 +211,7 @@ class Prompts(Sequence[Prompt]):
 
     def renamed(self, name: str) -> Prompts:
         """The same prompts under another name (the `setting` column of results)."""
-        return Prompts(self, name=name, skipped=self.skipped)
+        return Prompts(self, name=name, left_out=self._left_out)
 
     def with_image(self, condition: str | Path | Image | None) -> Prompts:
         """The same prompts under another image condition.
@@ -278,10 +289,25 @@ class Prompts(Sequence[Prompt]):
         """
         bad = set(self.find_unreadable())
         pairs = {prompt.pair for prompt in self if prompt.id in bad} - {None}
-        gone = [prompt.id for prompt in self if prompt.id in bad or prompt.pair in pairs]
-        left = set(gone)
+        gone = [prompt for prompt in self if prompt.id in bad or prompt.pair in pairs]
+        left = {prompt.id for prompt in gone}
         kept = [prompt for prompt in self if prompt.id not in left]
-        return Prompts(kept, name=self.name, skipped=(*self.skipped, *gone))
+        return Prompts(kept, name=self.name, left_out=(*self._left_out, *gone))
+
+    def check_pictures(self) -> Prompts:
+        """The same prompts, after every picture was read once.
+
+        Raises:
+            PictureError: some cannot be read; all of them are named.
+        """
+        if bad := self.find_unreadable():
+            listed = ", ".join(list(bad)[:20]) + (", ..." if len(bad) > 20 else "")
+            raise PictureError(
+                f"{next(iter(bad.values()))}; {len(bad)} of the {len(self)} prompts of {self.name!r} have an "
+                f"unreadable picture ({listed}): repair them, or leave them out with "
+                "load_prompts(..., skip_unreadable=True) or --skip-unreadable"
+            )
+        return self
 
     def thumbnails(self, *, side: int = SIDE) -> list[str | None]:
         """The first picture of every prompt as a small data URI; None without one, or if its file is gone."""
@@ -339,11 +365,11 @@ class Prompts(Sequence[Prompt]):
         return [pair[HARMFUL] for pair in ordered], [pair[HARMLESS] for pair in ordered]
 
     def _each(self, change: Callable[[Prompt], Prompt]) -> Prompts:
-        return self._with(map(change, self))
+        return Prompts(map(change, self), name=self.name, left_out=map(change, self._left_out))
 
     def _with(self, prompts: Iterable[Prompt]) -> Prompts:
         """Other prompts that come from these."""
-        return Prompts(prompts, name=self.name, skipped=self.skipped)
+        return Prompts(prompts, name=self.name, left_out=self._left_out)
 
 
 def as_prompts(prompts: Prompts | Prompt | str | Iterable[Prompt | str]) -> Prompts:
@@ -442,7 +468,7 @@ def _as_picture(image: Picture, prompt: Prompt, size: tuple[int, int]) -> Image:
 def _open_picture(path: Path) -> Image:
     from PIL import Image
 
-    if not path.exists():
+    if not os.path.exists(path):  # unlike pathlib's, it answers for names that cannot be
         raise PictureError(f"there is no picture {path}")
     if not path.is_file():  # a pipe would be waited for, a device read without end
         raise PictureError(f"{path} is not a file; give a picture")

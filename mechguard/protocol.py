@@ -299,15 +299,16 @@ def load_settings(
     """The settings that a data folder has.
 
     Raises:
-        MechguardError: a needed one is missing.
+        MechguardError: a needed one is missing, or a picture cannot be read.
     """
     found = {}
     for name, setting in SETTINGS.items():
         prompts = _first_found(setting, folder)
         if prompts is not None and setting.label is not None:
             prompts = prompts.with_label(setting.label)
-        if prompts and skip_unreadable:
-            prompts = skip_unreadable_pictures(prompts)
+        if prompts:
+            check = skip_unreadable_pictures if skip_unreadable else Prompts.check_pictures
+            prompts = check(prompts)
         if prompts:
             found[name] = prompts.first(limit).renamed(name)
         elif setting.needed:

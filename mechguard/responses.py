@@ -158,7 +158,9 @@ def read_responses(path: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         MechguardError: there is no such file, it holds none, a line is broken, or some are gone.
     """
-    rows = {row["key"]: row for row in read_lines(path, needed=("key", "response"))}
+    with parsing(path, "responses"):
+        rows = {str(row["key"]): row for row in read_lines(path, needed=("key", "response"))}
+        table = pd.DataFrame(list(rows.values()))
     if not rows:
         raise MechguardError(f"there are no responses in {path}; give the store of an evaluation")
     claim = _read_claim(Path(path))
@@ -167,7 +169,7 @@ def read_responses(path: str | os.PathLike[str]) -> pd.DataFrame:
             f"{path} holds {len(rows)} of the {claim[COUNT]} responses that were stored: it was cut; run the "
             "same evaluation again, which answers the others"
         )
-    return pd.DataFrame(list(rows.values()))
+    return table
 
 
 def as_exchanges(responses: pd.DataFrame) -> list[Exchange]:
@@ -266,7 +268,7 @@ def _claim(
     wanted: dict[str, Any] = {
         "model": {"fingerprint": model.fingerprint},
         "settings": {"max_new_tokens": max_new_tokens},
-        "prompts": {f"{setting}, {condition}": batch.fingerprint for condition, batch in sent.items()},
+        "prompts": {f"{setting}, {condition}": batch.whole_fingerprint for condition, batch in sent.items()},
         "guards": {name: None if guard is None else guard.fingerprint for name, guard in guards.items()},
     }
     for part, facts in wanted.items():

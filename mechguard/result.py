@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import os
@@ -80,7 +81,11 @@ class Result:
         The JSON's entry `table` holds the checksum of the CSV and which of its columns are text.
         """
         file = Path(path).with_suffix(".csv")
-        content = self.table.to_csv(index=False, lineterminator="\n").encode(errors="replace")
+        options: dict[str, Any] = {"index": False, "lineterminator": "\n"}
+        text = self.table.to_csv(**options)
+        if "\r" in text:  # which only quotes keep from ending a row
+            text = self.table.to_csv(quoting=csv.QUOTE_NONNUMERIC, **options)
+        content = text.encode(errors="replace")
         words = [str(name) for name, column in self.table.items() if _holds_text(column)]
         write_bytes(file, content)
         facts = {"sha256": hashlib.sha256(content).hexdigest(), "text": words}
@@ -99,10 +104,12 @@ class Result:
             content = file.read_bytes()
         except OSError as error:
             raise MechguardError(f"there is no result {file} ({error.strerror})") from None
-        about = read_json(file.with_suffix(".json")) if file.with_suffix(".json").is_file() else None
+        about: Any = None
         facts: dict[str, Any] = {}
-        if about is not None:
+        if file.with_suffix(".json").is_file():
+            about = read_json(file.with_suffix(".json"))
             with parsing(file.with_suffix(".json"), "what is known of a result"):
+                about = dict(about)
                 facts = dict(about.pop(TABLE, {}))
                 words = dict.fromkeys(map(str, facts.get("text", ())), str)
         if facts.get("sha256") not in (None, hashlib.sha256(content).hexdigest()):

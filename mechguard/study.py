@@ -438,12 +438,12 @@ def load_study_prompts(
     """The four sets of a study from a folder.
 
     Raises:
-        MechguardError: a set is missing, or holds only one label where both are needed.
+        MechguardError: a set is missing, or holds only one label where both are needed, or a picture cannot
+            be read.
     """
     found = {role: load_from_folder(role, folder) for role in ROLES}
-    if skip_unreadable:
-        found = {role: skip_unreadable_pictures(prompts) for role, prompts in found.items()}
-    found = {role: prompts.first(limit) for role, prompts in found.items()}
+    check = skip_unreadable_pictures if skip_unreadable else Prompts.check_pictures
+    found = {role: check(prompts).first(limit) for role, prompts in found.items()}
     for role, label in (("malicious", "harmful"), ("benign", "harmless")):
         wrong = sum(prompt.label != label for prompt in found[role])
         if wrong:

@@ -362,14 +362,9 @@ def _attempt(work: Callable[[list[int]], T], rows: list[int], prompts: Prompts) 
     """Run one batch; say of a picture that cannot be read which others cannot either."""
     try:
         return work(rows)
-    except PictureError as error:
-        bad = prompts.find_unreadable()
-        listed = ", ".join(list(bad)[:20]) + (", ..." if len(bad) > 20 else "")
-        raise PictureError(
-            f"{error}; {len(bad)} of the {len(prompts)} prompts of {prompts.name!r} have an unreadable "
-            f"picture ({listed}): repair them, or leave them out with prompts.without_unreadable() "
-            "(load_prompts(..., skip_unreadable=True), --skip-unreadable)"
-        ) from None
+    except PictureError:
+        prompts.check_pictures()
+        raise
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # how the CPU's allocator says it
             raise torch.OutOfMemoryError(str(error)) from error

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from mechguard.datasets.files import Values, read_rows
+from mechguard.datasets.readers import PICTURE_SUFFIXES
 from mechguard.errors import MechguardError
 from mechguard.prompts import CONDITIONS, Prompt, Prompts, as_label
+
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_file(path: Path) -> Prompts:
@@ -37,6 +42,10 @@ def _as_prompt(row: Values, index: int, path: Path) -> Prompt:
             f"row {index + 1} of {path} has no text; its columns are {', '.join(map(str, row)) or 'none'}, "
             "wanted `text` and, optionally, id, label, pair, image, category, answer"
         )
+    if any(HALF.search(str(value)) for value in known.values()):
+        raise MechguardError(
+            f"row {index + 1} of {path} holds half of a surrogate pair, which no tokenizer reads; take it out"
+        )
     own = _picture(known["image"], index, path) if "image" in known else None
     pair, category, answer = (
         None if name not in known else str(known[name]) for name in ("pair", "category", "answer")
@@ -60,7 +69,7 @@ def _picture(named: Any, index: int, path: Path) -> Path | tuple[Path, ...]:
         return tuple(one for one in found if isinstance(one, Path))
     if not isinstance(named, str) or "\0" in named:
         raise MechguardError(f"row {index + 1} of {path} names no picture file in `image`")
-    if named in CONDITIONS and not (path.parent / named).exists():
+    if named in CONDITIONS and not os.path.exists(path.parent / named):
         raise MechguardError(
             f"row {index + 1} of {path} names the generated picture {named!r}; take it out of `image`, and "
             f"use prompts.with_image({named!r})"
@@ -69,5 +78,10 @@ def _picture(named: Any, index: int, path: Path) -> Path | tuple[Path, ...]:
         raise MechguardError(
             f"the picture {named!r} in row {index + 1} of {path} leads out of the file's folder; move it "
             "there, or write its whole path"
+        )
+    if Path(named).is_absolute() and Path(named).suffix.lower() not in PICTURE_SUFFIXES:
+        raise MechguardError(
+            f"{named!r} in row {index + 1} of {path} is not named as a picture is "
+            f"({', '.join(PICTURE_SUFFIXES)}); a picture elsewhere must be"
         )
     return path.parent / named
