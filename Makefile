@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures notebooks defences families calibration test organism-check lint bench format clean
+.PHONY: install demo figures notebooks defences families calibration test organism-check robustness audit lint bench \
+	format clean
 
 install: $(INSTALLED)
 
@@ -59,6 +60,16 @@ test: install
 
 organism-check: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -s -m slow tests/organism/test_behaviour.py
+
+# Kills, mutated files and a soak at full length: about half an hour.
+robustness: install
+	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/test_kills.py
+	$(BIN)/python tests/fuzz.py --count 10000
+	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --count 2000
+
+# Known holes in what is installed; asks the advisory service of the Python Package Index.
+audit: install
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 lint: install
 	$(BIN)/ruff check .

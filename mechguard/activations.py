@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
-from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label
+from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label, read_row
 from mechguard.shards import StoredStates, is_store, read_store
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.storage import check_numbers, load_tensors, parsing, save_tensors
 
 KIND = "activations"
 
@@ -52,7 +52,7 @@ class Activations:
             )
         # What lies on disk was looked at when it was collected.
         if not isinstance(self.data, StoredStates) and not torch.isfinite(self.data).all():
-            raise MechguardError("activations contain NaN or infinity; load the model in float32 or bfloat16")
+            raise MechguardError(_describe_nonfinite(self.data, self.layers, self.prompts))
 
     @classmethod
     def from_tensor(
@@ -111,7 +111,7 @@ class Activations:
     @property
     def name(self) -> str:
         """How results call these states: the view and the condition, e.g. "llm text", "vlm blank"."""
-        return " ".join(filter(None, [self.about.get("view"), self.condition]))
+        return " ".join(map(str, filter(None, [self.about.get("view"), self.condition])))
 
     def at(self, layer: int) -> Float[Tensor, "prompt d_model"]:
         """The states after one decoder layer."""
@@ -165,7 +165,7 @@ class Activations:
             "layers": self.layers,
             "name": self.prompts.name,
             "about": {**self.about, "condition": self.condition},
-            "prompts": self.prompts.to_pandas().to_dict("records"),
+            "prompts": self.prompts.to_rows(),
         }
         return save_tensors(path, KIND, {"data": self.data}, facts)
 
@@ -180,14 +180,15 @@ class Activations:
         Raises:
             MechguardError: something is missing, not finished, or not what was written.
         """
-        if is_store(Path(path)):
-            data, facts, rows = read_store(Path(path), check=check)
-        else:
-            tensors, facts = load_tensors(path, KIND)
-            data, rows = tensors["data"], facts["prompts"]  # type: ignore[assignment]
-        rows = [{**row, "own_image": row["image"]} for row in rows]
-        prompts = Prompts([Prompt(**row) for row in rows], name=facts["name"])
-        return cls(data, list(facts["layers"]), prompts, facts["about"])
+        with parsing(path, KIND):
+            if is_store(Path(path)):
+                data, facts, rows = read_store(Path(path), check=check)
+            else:
+                tensors, facts = load_tensors(path, KIND)
+                data, rows = check_numbers(tensors["data"]), facts["prompts"]  # type: ignore[assignment]
+            prompts = Prompts(map(read_row, rows), name=str(facts["name"]))
+            layers = [int(layer) for layer in facts["layers"]]
+            return cls(data, layers, prompts, dict(facts["about"]))
 
     def __repr__(self) -> str:
         layers, prompts, width = self.data.shape
@@ -207,6 +208,20 @@ class Activations:
         preview = f"<div>mean norm by layer {line} {norms[0]:.3g} to {norms[-1]:.3g}</div>" if norms else ""
         following = ("mg.fit_directions(...)", "mg.measure_separability(...)", "mg.map_states([...])")
         return draw_card(f"Activations: {self.name}", facts, preview=preview, following=following)
+
+
+def _describe_nonfinite(
+    data: Float[Tensor, "layer prompt d_model"], layers: Sequence[int], prompts: Prompts
+) -> str:
+    """Which prompts have states that are no numbers, and from which layer on."""
+    bad = ~torch.isfinite(data).all(-1)
+    rows = bad.any(0).nonzero().flatten().tolist()
+    first = layers[int(bad.any(1).nonzero()[0])]
+    listed = ", ".join(prompts[row].id for row in rows[:20]) + (", ..." if len(rows) > 20 else "")
+    return (
+        f"activations contain NaN or infinity: {len(rows)} of {len(prompts)} prompts ({listed}), from layer "
+        f"{first} on; load the model in float32 or bfloat16, or leave these prompts out (prompts.filter)"
+    )
 
 
 def _plain(label: Any) -> Any:

@@ -42,6 +42,8 @@ def read_model(
         dtype = torch.float32  # half precision on a CPU is slow and loses digits
     if attention := family_of(config).attention:
         options.setdefault("attn_implementation", attention)
+    options.setdefault("use_safetensors", True)  # the other form is pickled
+    options.setdefault("trust_remote_code", False)
     if not on_cpu:
         options.setdefault("device_map", device)
     try:

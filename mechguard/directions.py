@@ -24,7 +24,7 @@ from mechguard.moments import Layer, can_stream, fit_layer
 from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
 from mechguard.shards import StoredStates
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.storage import check_numbers, load_tensors, parsing, save_tensors
 
 KIND = "directions"
 Method = Literal["svd", "mean_difference", "pca", "lda", "logistic"]
@@ -60,8 +60,16 @@ class Directions:
             )
         if not torch.isfinite(self.data).all():
             raise MechguardError("directions contain NaN or infinity; fit them again")
-        if self.rank > self.d_model:
-            raise MechguardError(f"rank {self.rank} is above d_model {self.d_model}")
+        if not 1 <= self.rank <= self.d_model:
+            raise MechguardError(f"rank {self.rank} is not between 1 and d_model {self.d_model}")
+        centers = self.midpoints
+        if centers is not None and (
+            tuple(centers.shape) != (len(self.layers), self.d_model) or not torch.isfinite(centers).all()
+        ):
+            raise MechguardError(
+                f"midpoints of shape {tuple(centers.shape)} do not fit; wanted numbers of shape "
+                f"({len(self.layers)}, {self.d_model})"
+            )
 
     @classmethod
     def from_tensor(cls, data: Any, *, layers: Sequence[int] | None = None) -> Directions:
@@ -89,7 +97,7 @@ class Directions:
     @property
     def name(self) -> str:
         """How results call it: the method and the states it was fitted on, e.g. "svd, llm text"."""
-        return ", ".join(filter(None, [self.method, self.about.get("fitted_on")]))
+        return ", ".join(map(str, filter(None, [self.method, self.about.get("fitted_on")])))
 
     def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
         """The basis of one layer."""
@@ -165,13 +173,15 @@ class Directions:
     def load(cls, path: str | os.PathLike[str]) -> Directions:
         """Read saved directions."""
         tensors, facts = load_tensors(path, KIND)
-        return cls(
-            tensors["data"],
-            list(facts["layers"]),
-            facts["method"],
-            tensors.get("midpoints"),
-            facts["about"],
-        )
+        with parsing(path, KIND):
+            midpoints = tensors.get("midpoints")
+            return cls(
+                check_numbers(tensors["data"]),
+                [int(layer) for layer in facts["layers"]],
+                str(facts["method"]),
+                None if midpoints is None else check_numbers(midpoints),
+                dict(facts["about"]),
+            )
 
     def __repr__(self) -> str:
         layers, rank, width = self.data.shape

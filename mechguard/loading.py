@@ -45,7 +45,8 @@ def load(
         template: "chat" (the model's own template), a Jinja template, or None for the bare text.
         system: what stands in the system's place before every prompt.
         options: passed to `from_pretrained`, such as `quantization_config`, `attn_implementation`,
-            `device_map` or `trust_remote_code` (off unless given).
+            `device_map` or `trust_remote_code` (off unless given). Weights are read from safetensors;
+            `use_safetensors=False` also reads pickled ones, from a source you trust.
 
     Raises:
         MechguardError: the model or its processor cannot be found or read.
@@ -59,7 +60,11 @@ def load(
     source = _organism_folder(name) if _is_organism(name) else name
     hf_model = read_model(source, device=device, dtype=dtype, revision=revision, **options)
     found = processor or read_processor(
-        source, hf_model.config, revision, pictures=takes_images(hf_model.config)
+        source,
+        hf_model.config,
+        revision,
+        pictures=takes_images(hf_model.config),
+        trust_remote_code=options.get("trust_remote_code", False),
     )
     folder = Path(source) if Path(source).is_dir() else None
     return VLM(hf_model, _left_padded(found, name), name=name, folder=folder, chat=chat)

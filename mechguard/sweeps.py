@@ -24,7 +24,7 @@ from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
 from mechguard.separability import select_layers
-from mechguard.storage import append_line, digest, read_lines
+from mechguard.storage import append_line, digest, hold_file, read_lines
 
 SETTING = ("variant", "layers", "alpha", "rank")
 TOLERANCE = 0.05
@@ -113,19 +113,21 @@ def sweep(
     asked: dict[str, Any] = {"conditions": conditions, "max_new_tokens": max_new_tokens, "split": split}
     fitted = sha256(directions.data.numpy().tobytes()).hexdigest()
     bound = (model.fingerprint, prompts.fingerprint, fitted, repr(judge), asked)
-    known = {} if out is None else {line["cell"]: line for line in read_lines(out)}
     tables = []
     about: dict[str, Any] = {}
-    for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
-        mark = digest(*bound, facts)
-        if mark not in known:
-            result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
-            rows = json.loads(result.table.to_json(orient="records"))
-            known[mark] = {"cell": mark, "about": result.about, "rows": rows}
-            if out is not None:
-                append_line(out, known[mark])
-        tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
-        about = known[mark]["about"]
+    with hold_file(out):
+        lines = [] if out is None else read_lines(out, needed=("cell", "about", "rows"), adding=True)
+        known = {line["cell"]: line for line in lines}
+        for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
+            mark = digest(*bound, facts)
+            if mark not in known:
+                result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
+                rows = json.loads(result.table.to_json(orient="records"))
+                known[mark] = {"cell": mark, "about": result.about, "rows": rows}
+                if out is not None:
+                    append_line(out, known[mark])
+            tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
+            about = known[mark]["about"]
     return Result(pd.concat(tables, ignore_index=True), {**about, "rule": RULE})
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechguard.activations import Activations
-from mechguard.errors import MechguardError
+from mechguard.errors import MechguardError, PictureError, first_line
 from mechguard.guards import Guard
 from mechguard.guards.steering import AnyGuard, Steering
 from mechguard.models import VLM
@@ -124,6 +124,7 @@ def collect(
         "position": name_of(position),
         "guard": "none" if guard is None else guard.name,
         "prompts": sent.fingerprint,
+        **({"skipped": list(sent.skipped)} if sent.skipped else {}),
     }
     if out is None:
         return Activations(read(sent, label), chosen, sent, about)
@@ -131,7 +132,7 @@ def collect(
         Path(out),
         identity=_identity(model, sent, chosen, position, guard, teacher),
         facts={"layers": chosen, "name": sent.name, "about": about},
-        prompts=sent.as_lines().encode(),
+        prompts=sent.as_lines(),
         shape=(len(chosen), len(sent), model.d_model),
         size=_shard_size(shard_size, len(chosen), model.d_model),
         processes=processes,
@@ -163,7 +164,9 @@ def predict_next_tokens(
 
     def work(rows: list[int]) -> Float[Tensor, "batch vocabulary"]:
         batch = [sent[row] for row in rows]
-        return _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+        logits = _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+        _check_numbers(logits, batch)
+        return logits
 
     label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
     for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
@@ -276,6 +279,16 @@ def respond_in_batches(
 
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
     yield from _in_batches(work, sent, model.d_model, batch_size, label, progress, known)
+
+
+def _check_numbers(logits: Float[Tensor, "batch vocabulary"], batch: Sequence[Prompt]) -> None:
+    bad = logits.isnan().any(-1).tolist()
+    if any(bad):
+        listed = ", ".join([prompt.id for prompt, is_bad in zip(batch, bad, strict=True) if is_bad][:20])
+        raise MechguardError(
+            f"the model answers {sum(bad)} prompts with NaN ({listed}); load it in float32 or bfloat16, or "
+            "leave them out with prompts.filter(...)"
+        )
 
 
 def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
@@ -392,16 +405,32 @@ def _in_batches(
                     start += len(rows)
                     continue
                 try:
-                    result = work(rows)
-                except torch.OutOfMemoryError:
+                    result = _attempt(work, rows, prompts)
+                except torch.OutOfMemoryError as error:
                     if batch_size != "auto" or limit == 1:
-                        raise
+                        raise MechguardError(
+                            f"memory ran out on a batch of {len(rows)} prompts ({first_line(error)}); use "
+                            'batch_size="auto" or a smaller one, dtype="bfloat16", or device_map="auto"'
+                        ) from error
                     size = limit = limit // 2
                     warnings.warn(f"out of memory: batches of {limit} from here on", stacklevel=3)
                     continue
                 yield rows, result
                 bar.update(len(rows))
                 start += len(rows)
+
+
+def _attempt(work: Callable[[list[int]], T], rows: list[int], prompts: Prompts) -> T:
+    """Run one batch; say of a picture that cannot be read which others cannot either."""
+    try:
+        return work(rows)
+    except PictureError:
+        prompts.check_pictures()
+        raise
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # how the CPU's allocator says it
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def plan_batches(model: VLM, prompts: Prompts, batch_size: BatchSize) -> list[list[int]]:
