@@ -185,7 +185,7 @@ def test_a_store_killed_at_any_step_is_finished_byte_for_byte(tmp_path):
         if not die_at(step, lambda folder=folder: write(states, folder, size=150)):
             break
         there = len(list(folder.glob("states-*")))
-        if contents(folder) != whole:  # the last step removes the lists of what is done
+        if not whole.keys() <= contents(folder).keys():
             with pytest.raises(mg.MechguardError):
                 mg.Activations.load(folder)
         written = spans_of(lambda folder=folder: write(states, folder, size=150))
