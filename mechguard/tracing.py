@@ -89,7 +89,7 @@ def collect(
         batch_size: "auto" halves on out-of-memory.
         out: a folder. The states go there shard by shard and stay there (see `shards`): memory does not grow
             with the number of prompts. The same call again goes on where it was interrupted, and several
-            processes (`torchrun`, `accelerate launch`) share the shards.
+            processes (`torchrun`) share the shards.
         shard_size: prompts in a shard of `out`; "auto" takes about 64 MB.
 
     Returns:
