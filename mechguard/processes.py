@@ -1,4 +1,4 @@
-"""Processes: which part of the work is this process's, under `torchrun` or `accelerate launch`.
+"""Processes: which part of the work is this process's, under `torchrun`.
 
 Launchers say in the environment how many processes there are and which one this is; torch.distributed lets
 them wait for each other. There is no scheduler here: piece k belongs to process k modulo their number.
@@ -96,8 +96,8 @@ def find_processes() -> Processes:
     words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not all(word.isdigit() for word in words) or not int(words[0]) < int(words[1]):
         raise MechguardError(
-            f"the environment says RANK={words[0]!r} of WORLD_SIZE={words[1]!r}; start with torchrun or "
-            "accelerate launch, which set both"
+            f"the environment says RANK={words[0]!r} of WORLD_SIZE={words[1]!r}; start with torchrun, "
+            "which sets both"
         )
     return Processes(int(words[0]), int(words[1]))
 

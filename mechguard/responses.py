@@ -70,7 +70,7 @@ def gather_responses(
             (`kl_first_token`, nats). Costs two more passes over each prompt.
         refusal_openings: words that refusals begin with; see `judges.RefusalOdds`.
         out: a file of JSON lines to which each finished batch is added, and from which known rows are taken.
-            Several processes (`torchrun`, `accelerate launch`) share the batches, with or without a file.
+            Several processes (`torchrun`) share the batches, with or without a file.
 
     Returns:
         Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `request`

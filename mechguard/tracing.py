@@ -89,7 +89,7 @@ def collect(
         batch_size: "auto" halves on out-of-memory.
         out: a folder. The states go there shard by shard and stay there (see `shards`): memory does not grow
             with the number of prompts. The same call again goes on where it was interrupted, and several
-            processes (`torchrun`, `accelerate launch`) share the shards.
+            processes (`torchrun`) share the shards.
         shard_size: prompts in a shard of `out`; "auto" takes about 64 MB.
 
     Returns:
@@ -267,6 +267,7 @@ def respond_in_batches(
     if max_new_tokens < 1:
         raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
+    model.want_weights("generating")
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     parts = _steering_parts(guard)
     _check_settings(parts, settings, teacher is None or teacher is model.llm)
@@ -481,8 +482,8 @@ def _trace_states(
     wanted = set(layers)
     runs = set(model.parts.running(with_picture=any(prompt.images for prompt in batch)))
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
-    traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False) as tracer:
+    traced, door = model.traced, model.door
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door) as tracer:
         found = []
         state: Tensor = torch.empty(0)
         for number, layer in walked:
@@ -503,13 +504,16 @@ def _trace_logits(
     steering, encoded = _begin(model, batch, guards, teacher)
     encoded |= model.position_ids(encoded)
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
-    steered = [number for number in runs if steering is not None and number in steering.layers]
-    traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False):
-        for number in steered:
-            layer = model.traced_layers[number]
+    steered = [
+        (number, model.traced_layers[number])
+        for number in runs
+        if steering is not None and number in steering.layers
+    ]
+    traced, door, rows = model.traced, model.door, len(batch)
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door):
+        for number, layer in steered:
             layer.output = steering(number, layer.output)  # type: ignore[misc]
-        logits = traced.output.logits[: len(batch), -1].to("cpu", torch.float32).save()
+        logits = traced.output.logits[:rows, -1].to("cpu", torch.float32).save()
     return logits
 
 

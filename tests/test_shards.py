@@ -352,15 +352,15 @@ vlm = mg.load(tiny.llava(d_model=64), processor=tiny.processor())
 few = list(tiny.prompts(pairs=50))
 prompts = mg.Prompts([mg.Prompt(str(n), few[n % 100].text, few[n % 100].label) for n in range({n})])
 mg.collect(vlm, prompts[:256], progress=False)
-started = time.perf_counter()
+started = time.process_time()
 mg.collect(vlm, prompts, out={out!r}, progress=False, shard_size=256, batch_size=256)
-seconds = time.perf_counter() - started
+seconds = time.process_time() - started
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds)
 """
 
 
 def measure(n: int, folder: Path) -> tuple[float, float]:
-    """Peak memory (kB) and seconds of a collection of n prompts in a process of its own."""
+    """Peak memory (kB) and processor seconds of a collection of n prompts in a process of its own."""
     code = MEMORY.format(tests=str(Path(__file__).parent), n=n, out=str(folder / str(n)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     memory, seconds = map(float, done.stdout.split())

@@ -204,8 +204,10 @@ class Guard:
         """Refuse a model this guard was not made for.
 
         Raises:
-            MechguardError: other width, missing layers, or other weights.
+            MechguardError: other width, missing layers, or other weights; weights that are elsewhere.
         """
+        if self.move is not None:
+            model.want_weights(f"guard {self.name!r}")
         wrong_width = self.d_model is not None and self.d_model != model.d_model
         if wrong_width or max(self.layers, default=0) >= model.n_layers or min(self.layers, default=0) < 0:
             raise MechguardError(
