@@ -138,10 +138,11 @@ def test_the_report_and_its_figures_hold_texts_as_text(tmp_path):
 
 def test_the_response_table_holds_answers_as_text(tmp_path):
     rows = [
-        dict(setting=PROBE, condition="blank", guard=guard, id=PROBE, label="harmful", sent=PROBE, response=PROBE,
-             complied=True, complete_refusal=False, keyword_refusal=False)
+        dict.fromkeys(("setting", "id", "sent", "response"), PROBE)
+        | dict(condition="blank", guard=guard, label="harmful", complied=True)
+        | dict(complete_refusal=False, keyword_refusal=False)
         for guard in ("none", "vlm_guard")
-    ]  # fmt: skip
+    ]
     figure = mg.plots.response_table(mg.Result(pd.DataFrame(rows)))
     mg.plots.save(figure, tmp_path / "r", pictures=False, include_plotlyjs=False)
     refuse_probe((tmp_path / "r.html").read_text())
