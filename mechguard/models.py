@@ -22,6 +22,7 @@ from mechguard.chat import Chat
 from mechguard.checkpoints import read_model
 from mechguard.errors import MechguardError, first_line
 from mechguard.families import Parts, decoder_of, is_text_decoder, read_parts, takes_images
+from mechguard.pictures import FeatureCache
 from mechguard.prompts import Prompt, Prompts, as_prompts
 
 FALLBACK_PICTURE_SIZE = (336, 336)
@@ -152,6 +153,11 @@ class VLM:
         )
 
     @cached_property
+    def picture_features(self) -> FeatureCache:
+        """The image features of pictures that were sent before."""
+        return FeatureCache()
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of samples of the decoder's weights: equal for a VLM and its LLM component."""
         layers = self.hf_model.get_submodule(self.parts.layers)
@@ -247,6 +253,19 @@ class VLM:
             for key, value in encoded.items()
             if key not in ignored and isinstance(value, Tensor)
         }
+
+    def encode_once(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The same as `encode`, with known pictures as features where the family allows it.
+
+        See `pictures.FeatureCache`.
+        """
+        encoded = self.encode(prompts)
+        return self.picture_features.fill(self.hf_model, encoded, sum(len(one.images) for one in prompts))
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many tokens each prompt has as it is sent, a picture counted as its placeholder."""
+        texts = self.render(prompts)
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def image_positions(self, encoded: dict[str, Tensor]) -> Bool[Tensor, "batch pos"]:
         """Which positions of an encoded batch carry image features."""

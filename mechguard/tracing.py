@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -100,8 +101,8 @@ def collect(
         return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
 
     label = f"collect {model.view} {sent.condition}"
-    for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
-        data[:, rows] = states.to("cpu", torch.float32)
+    for rows, states in _in_batches(work, model, sent, batch_size, label, progress):
+        data[:, rows] = states
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -138,7 +139,7 @@ def predict_next_tokens(
         return _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
 
     label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
-    for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
+    for rows, logits in _in_batches(work, model, sent, batch_size, label, progress):
         found.update(zip(rows, logits.log_softmax(-1), strict=True))
     return torch.stack([found[row] for row in range(len(sent))])
 
@@ -247,7 +248,7 @@ def respond_in_batches(
         return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
-    yield from _in_batches(work, sent, model.d_model, batch_size, label, progress, known)
+    yield from _in_batches(work, model, sent, batch_size, label, progress, known)
 
 
 def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
@@ -300,24 +301,25 @@ def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[i
 
 def _in_batches(
     work: Callable[[list[int]], T],
+    model: VLM,
     prompts: Prompts,
-    width: int,
     batch_size: BatchSize,
     label: str,
     progress: bool,
     known: Container[int] = (),
 ) -> Iterator[tuple[list[int], T]]:
-    """Run `work` over rows sorted by length, halving the batch when memory runs out.
+    """Run `work` over rows sorted by their number of tokens, halving the batch when memory runs out.
 
     A batch that holds nothing but `known` rows is left out.
 
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
     """
-    size = _auto_batch_size(width) if batch_size == "auto" else batch_size
+    size = _auto_batch_size(model.d_model) if batch_size == "auto" else batch_size
     if size < 1:
         raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    lengths = model.count_tokens(prompts)
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     counts = [len(prompt.images) for prompt in prompts]
     groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
     with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
@@ -374,10 +376,10 @@ def _trace_states(
                     layer.output = steering(number, layer.output)
                 state = layer.output
             if number in wanted:
-                found.append(read(state).to("cpu", torch.float32))
+                found.append(read(state).to(model.device, torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
-    return states
+    return states.to("cpu")
 
 
 def _trace_logits(
@@ -388,7 +390,7 @@ def _trace_logits(
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
     steered = [number for number in runs if steering is not None and number in steering.layers]
     traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False):
+    with torch.no_grad(), traced.trace(**encoded, **_last_logits(model), use_cache=False):
         for number in steered:
             layer = model.traced_layers[number]
             layer.output = steering(number, layer.output)  # type: ignore[misc]
@@ -396,8 +398,13 @@ def _trace_logits(
     return logits
 
 
+def _last_logits(model: VLM) -> dict[str, int]:
+    """Logits at the last position alone: over a long prompt the head costs as much as layers."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.hf_model.forward).parameters else {}
+
+
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded = model.encode(batch)
+    encoded = model.encode_once(batch)
     with torch.no_grad():
         sequences = model.hf_model.generate(**encoded, **settings)
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
@@ -442,15 +449,15 @@ def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
 
 def _begin(
     model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
-) -> tuple[Steering | None, dict[str, Tensor]]:
+) -> tuple[Steering | None, dict[str, Any]]:
     """Encode a batch and, for guards, bring in what supervises them."""
     if not guards:
-        return None, model.encode(batch)
+        return None, model.encode_once(batch)
     supervised = [guard for guard in guards if guard.supervised]
     texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
     streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
-    encoded = model.encode(rows)
+    encoded = model.encode_once(rows)
     states = None
     if supervised and not streams:
         layers = sorted({layer for guard in supervised for layer in guard.layers})
