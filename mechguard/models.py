@@ -327,6 +327,15 @@ class VLM:
 
         return to_transformer_lens(self)
 
+    @cached_property
+    def last_logits(self) -> dict[str, int]:
+        """The option that asks for logits at the last position alone, where the model has it.
+
+        Over a long prompt the head costs as much as layers do.
+        """
+        wanted = inspect.signature(self.hf_model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in wanted else {}
+
     def position_ids(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions that start at 0 behind the left padding, for a model that would count the padding.
 

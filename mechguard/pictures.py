@@ -59,7 +59,7 @@ class FeatureCache:
         return {**rest, FEATURES: {"image": _as_output(found)}}
 
     def _features(self, picture: Tensor, state: str, encode: Callable[..., Any]) -> Features | None:
-        mark = hashlib.blake2b(picture.contiguous().view(torch.uint8).cpu().numpy(), digest_size=16)
+        mark = hashlib.blake2b(picture.contiguous().view(torch.uint8).cpu().numpy().data, digest_size=16)
         key = f"{mark.hexdigest()} {tuple(picture.shape)} {state}"
         if key in self._known:
             self._known.move_to_end(key)
@@ -79,7 +79,7 @@ class FeatureCache:
 def _one_tensor_each(
     hf_model: Any, encode: Callable[..., Any], encoded: dict[str, Tensor], pictures: int
 ) -> bool:
-    """Whether the batch holds one block of pixels for each picture, and nothing else is needed to encode it."""
+    """Whether the batch holds one block of pixels a picture, and nothing else is needed to encode it."""
     pixels = encoded[PIXELS]
     needed = set(inspect.signature(encode).parameters) & set(encoded)
     takes = FEATURES in inspect.signature(hf_model.forward).parameters

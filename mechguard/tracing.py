@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,9 +21,10 @@ from tqdm.auto import tqdm
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError
 from mechguard.guards import Guard
-from mechguard.guards.steering import AnyGuard, Steering
+from mechguard.guards.steering import AnyGuard, States, Steering
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
+from mechguard.prefixes import Prefix, continues, only_last, read_prefix, shared_prompts
 from mechguard.prompts import Prompt, Prompts, as_prompts
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
@@ -142,6 +142,44 @@ def predict_next_tokens(
     for rows, logits in _in_batches(work, model, sent, batch_size, label, progress):
         found.update(zip(rows, logits.log_softmax(-1), strict=True))
     return torch.stack([found[row] for row in range(len(sent))])
+
+
+def score_next_tokens(
+    model: VLM,
+    prompts: AnyPrompts,
+    guards: Sequence[AnyGuard | None],
+    score: Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, " batch"]],
+    *,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Float[Tensor, "guard prompt"]:
+    """A score of the first token of the answer to every prompt, under each of many guards.
+
+    The same numbers as from `predict_next_tokens`, guard by guard, but what the passes share is computed once
+    (see `prefixes`).
+
+    Args:
+        score: from log-probabilities to one number a row.
+
+    Raises:
+        MechguardError: as `collect`, or a guard that sends other prompts than it was given.
+    """
+    sent = model.prepare(as_prompts(prompts))
+    for guard in guards:
+        if _ready(model, prompts, guard) != sent:
+            raise MechguardError("guards that change prompts share no pass; use predict_next_tokens")
+    parts = [_steering_parts(guard) for guard in guards]
+    found = torch.empty(len(parts), len(sent))
+
+    def work(rows: list[int]) -> Float[Tensor, "guard batch"]:
+        logits = _shared_logits(model, [sent[row] for row in rows], parts, teacher or model.llm)
+        return torch.stack([score(one.log_softmax(-1)) for one in logits])
+
+    label = f"score {sent.condition}, {len(parts)} guards"
+    for rows, scores in _in_batches(work, model, sent, batch_size, label, progress):
+        found[:, rows] = scores
+    return found
 
 
 def generate(
@@ -390,7 +428,7 @@ def _trace_logits(
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
     steered = [number for number in runs if steering is not None and number in steering.layers]
     traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, **_last_logits(model), use_cache=False):
+    with torch.no_grad(), traced.trace(**encoded, **model.last_logits, use_cache=False):
         for number in steered:
             layer = model.traced_layers[number]
             layer.output = steering(number, layer.output)  # type: ignore[misc]
@@ -398,13 +436,37 @@ def _trace_logits(
     return logits
 
 
-def _last_logits(model: VLM) -> dict[str, int]:
-    """Logits at the last position alone: over a long prompt the head costs as much as layers."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.hf_model.forward).parameters else {}
+def _shared_logits(
+    model: VLM, batch: Sequence[Prompt], settings: Sequence[tuple[Guard, ...]], teacher: VLM
+) -> Iterator[Float[Tensor, "batch vocabulary"]]:
+    """The logits under each of several guards, on the CPU; what they share is computed once."""
+    encoded = model.encode_once(batch)
+    inputs = {**encoded, **model.position_ids(encoded)}
+    prefixes: dict[bool, Prefix | None] = {}
+
+    def prefix_of(guards: Sequence[Guard]) -> Prefix | None:
+        for last in (True, False) if only_last(guards) else (False,):
+            if last not in prefixes:
+                prefixes[last] = read_prefix(model, inputs, last=last)
+            if prefixes[last] is not None:
+                return prefixes[last]
+        return None
+
+    read: dict[str | None, States] = {}
+    for guards in settings:
+        prefix = prefix_of(guards)
+        if prefix is None:
+            yield _trace_logits(model, batch, guards, teacher)
+            continue
+        states = _supervising_states(model, batch, guards, teacher, read)
+        where = [mask_positions(model, batch, encoded, guard.scope.positions) for guard in guards]
+        with torch.no_grad():
+            logits = prefix.logits(Steering(guards, where, teacher_states=states)) if guards else prefix.plain
+        yield logits.to("cpu", torch.float32)
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded = model.encode_once(batch)
+    encoded = _encode(model, batch, (), settings)
     with torch.no_grad():
         sequences = model.hf_model.generate(**encoded, **settings)
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
@@ -413,7 +475,7 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 def _guarded_responses(
     model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guards, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher, settings)
     assert steering is not None
     if steering.shared_pass:
         settings = {**settings, "logits_processor": [_same_tokens]}
@@ -448,26 +510,65 @@ def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
 
 
 def _begin(
-    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
+    model: VLM,
+    batch: Sequence[Prompt],
+    guards: Sequence[Guard],
+    teacher: VLM,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[Steering | None, dict[str, Any]]:
-    """Encode a batch and, for guards, bring in what supervises them."""
+    """Encode a batch and, for guards, bring in what supervises them.
+
+    Args:
+        settings: of a generation; None for a single pass.
+    """
     if not guards:
-        return None, model.encode_once(batch)
+        return None, _encode(model, batch, guards, settings)
     supervised = [guard for guard in guards if guard.supervised]
     texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
     streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
-    encoded = model.encode_once(rows)
+    encoded = _encode(model, rows, guards, settings)
     states = None
     if supervised and not streams:
         layers = sorted({layer for guard in supervised for layer in guard.layers})
-        _check_teacher(teacher, model, layers)
-        found = _trace_states(teacher, texts, layers, "last", (), teacher)
-        states = dict(zip(layers, found.to(model.device), strict=True))
+        states = _read_states(model, texts, layers, teacher)
     where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
     steering = Steering(guards, where, teacher_states=states, shared_pass=streams)
     steering.reading_passes = passes
     return steering, encoded
+
+
+def _encode(
+    model: VLM, rows: Sequence[Prompt], guards: Sequence[Guard], settings: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A batch encoded; where prompts are shared, with the keys and values of all tokens but the last."""
+    shared = shared_prompts()
+    if settings is None or shared is None or not only_last(guards) or not continues(settings):
+        return model.encode_once(rows)
+    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows))
+
+
+def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher: VLM) -> States:
+    """What the teacher's states are at the end of each text."""
+    _check_teacher(teacher, model, layers)
+    found = _trace_states(teacher, texts, layers, "last", (), teacher)
+    return dict(zip(layers, found.to(model.device), strict=True))
+
+
+def _supervising_states(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, read: dict[str | None, States]
+) -> States | None:
+    """The teacher's states at all layers; `read` holds those of the same texts."""
+    supervised = [guard for guard in guards if guard.supervised]
+    if not supervised:
+        return None
+    question = supervised[0].reads
+    if question not in read:
+        texts, _ = _supervising_texts(model, batch, supervised)
+        layers = list(range(min(teacher.n_layers, model.n_layers)))
+        read[question] = _read_states(model, texts, layers, teacher)
+    _check_teacher(teacher, model, sorted({layer for guard in supervised for layer in guard.layers}))
+    return read[question]
 
 
 def _supervising_texts(

@@ -1,6 +1,6 @@
 """The models and prompts of the benchmark: real architectures with random weights, made here.
 
-Imports torch and transformers only, so that other libraries can be timed on the same in their own environment.
+Imports torch and transformers only, so that other libraries can be timed in an environment of their own.
 """
 
 from __future__ import annotations
