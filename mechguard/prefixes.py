@@ -107,8 +107,9 @@ def _read_whole(model: VLM, encoded: dict[str, Any]) -> Prefix:
 
 def _read_last(model: VLM, encoded: dict[str, Any]) -> Prefix | None:
     before = {name: value[..., :-1] if name in BY_TOKEN else value for name, value in encoded.items()}
-    final = {name: encoded[name][..., -1:] for name in ("input_ids", "position_ids") if name in encoded}
-    final["attention_mask"] = encoded["attention_mask"]
+    final = {"input_ids": encoded["input_ids"][..., -1:], "attention_mask": encoded["attention_mask"]}
+    if "position_ids" in encoded:
+        final["position_ids"] = encoded["position_ids"][..., -1:]
     with torch.no_grad():
         cache = model.hf_model(**before, **model.last_logits, use_cache=True).past_key_values
         if not _copyable(cache):
