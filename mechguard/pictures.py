@@ -38,8 +38,10 @@ class FeatureCache:
     def fill(self, hf_model: Any, encoded: dict[str, Tensor], pictures: int) -> dict[str, Any]:
         """An encoded batch with features in the place of its pixels.
 
-        It stays as it is where the family does not take them so: transformers before 5.20, pictures that are
-        cut into tiles or flattened into patches, features that enter at several layers.
+        Tried on LLaVA, Gemma 3, PaliGemma, InternVL and Aya Vision. It stays as it is where the family does
+        not take them so: a transformers without `mm_encoder_outputs`, pictures that are cut into tiles or
+        flattened into patches (LLaVA-NeXT, LLaVA-OneVision, Qwen-VL, GLM-4V, Idefics 3, SmolVLM), and
+        cross-attention (Mllama).
 
         Args:
             pictures: how many pictures the batch holds.

@@ -6,8 +6,9 @@
     answers after such a guard    the prompt's keys and values are the same for every setting
 
 The plain pass tells whether a model allows this: its logits must be those of the parts put together again.
-Where they are not (features that enter between layers, a prompt that is read in both directions, logits that
-are scaled behind the head) there is no prefix, and the caller makes full passes.
+Where they are not (features that enter between layers, as in Qwen3-VL; a prompt that is read in both
+directions, as in PaliGemma; logits that are scaled behind the head) there is no prefix, and the caller makes
+full passes.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ def _read_cache(model: VLM, encoded: dict[str, Any]) -> dict[str, Any] | None:
     """Tokens, mask, and the cache that `generate` itself makes of all tokens but the last."""
     before = {name: value[..., :-1] if name in BY_TOKEN else value for name, value in encoded.items()}
     tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    if tokens["input_ids"].shape[1] < 2:
+    if tokens["input_ids"].shape[1] < 2 or (model.hf_model.generation_config.num_beams or 1) > 1:
         return None
     settings: dict[str, Any] = {
         "do_sample": False,
