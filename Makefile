@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install demo figures notebooks defences families calibration test organism-check robustness audit lint bench \
-	format clean
+	bench-peers format clean
 
 install: $(INSTALLED)
 
@@ -83,6 +83,13 @@ calibration: install
 
 bench: install
 	$(BIN)/python tests/bench.py --out benchmarks.json
+
+# Libraries whose pins do not go with ours, for their rows of the table: over our torch and transformers.
+bench-peers: install
+	$(BIN)/python -m venv --system-site-packages .venv-peers
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	    > $$(echo .venv-peers/lib/python*/site-packages)/ours.pth
+	.venv-peers/bin/python -m pip install --quiet --no-deps "steering-vectors==0.12.2" "repeng==0.4.0"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -83,6 +83,7 @@ _HOMES = {
     "compare_guards": "comparison",
     "search_guards": "searches",
     "sweep": "sweeps",
+    "sweep_first_token": "sweeps",
     "choose": "sweeps",
     "Result": "result",
     "write_report": "report",
@@ -142,7 +143,7 @@ if TYPE_CHECKING:
     from mechguard.separability import measure_separability, select_layers
     from mechguard.statistics import compare_outcomes, count_prompts_needed
     from mechguard.study import run_study
-    from mechguard.sweeps import choose, sweep
+    from mechguard.sweeps import choose, sweep, sweep_first_token
     from mechguard.tracing import Response, collect, generate, predict_next_tokens, respond
     from mechguard.transfer import measure_angles, measure_transfer
 

@@ -22,6 +22,7 @@ from mechguard.chat import Chat
 from mechguard.checkpoints import read_model
 from mechguard.errors import MechguardError, first_line
 from mechguard.families import Parts, decoder_of, is_text_decoder, read_parts, takes_images
+from mechguard.pictures import FeatureCache
 from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.storage import digest
 
@@ -177,6 +178,11 @@ class VLM:
         )
 
     @cached_property
+    def picture_features(self) -> FeatureCache:
+        """The image features of pictures that were sent before."""
+        return FeatureCache()
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of samples of the decoder's weights: equal for a VLM and its LLM component.
 
@@ -282,6 +288,19 @@ class VLM:
             if key not in ignored and isinstance(value, Tensor)
         }
 
+    def encode_once(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The same as `encode`, with known pictures as features where the family allows it.
+
+        See `pictures.FeatureCache`.
+        """
+        encoded = self.encode(prompts)
+        return self.picture_features.fill(self.hf_model, encoded, sum(len(one.images) for one in prompts))
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many tokens each prompt has as it is sent, a picture counted as its placeholder."""
+        texts = self.render(prompts)
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
     def image_positions(self, encoded: dict[str, Tensor]) -> Bool[Tensor, "batch pos"]:
         """Which positions of an encoded batch carry image features."""
         token = self.parts.image_token_id
@@ -342,6 +361,15 @@ class VLM:
         from mechguard.circuits.bridge import to_transformer_lens
 
         return to_transformer_lens(self)
+
+    @cached_property
+    def last_logits(self) -> dict[str, int]:
+        """The option that asks for logits at the last position alone, where the model has it.
+
+        Over a long prompt the head costs as much as layers do.
+        """
+        wanted = inspect.signature(self.hf_model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in wanted else {}
 
     def position_ids(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions that start at 0 behind the left padding, for a model that would count the padding.

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from mechguard.activations import Activations
 from mechguard.errors import MechguardError, PictureError, first_line
 from mechguard.guards import Guard
-from mechguard.guards.steering import AnyGuard, Steering
+from mechguard.guards.steering import AnyGuard, States, Steering
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
+from mechguard.prefixes import Prefix, continues, only_last, read_prefix, shared_prompts
 from mechguard.processes import find_processes
 from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.shards import Store, hash_texts, shard_size_for
@@ -111,7 +112,7 @@ def collect(
 
         data = torch.empty(len(chosen), len(some), model.d_model)
         shown = progress and processes.leads
-        for rows, states in _in_batches(work, some, model.d_model, batch_size, label, shown):
+        for rows, states in _in_batches(work, model, some, batch_size, label, shown):
             data[:, rows] = states.to("cpu", torch.float32)
         return data
 
@@ -169,9 +170,47 @@ def predict_next_tokens(
         return logits
 
     label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
-    for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
+    for rows, logits in _in_batches(work, model, sent, batch_size, label, progress):
         found.update(zip(rows, logits.log_softmax(-1), strict=True))
     return torch.stack([found[row] for row in range(len(sent))])
+
+
+def score_next_tokens(
+    model: VLM,
+    prompts: AnyPrompts,
+    guards: Sequence[AnyGuard | None],
+    score: Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, " batch"]],
+    *,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Float[Tensor, "guard prompt"]:
+    """A score of the first token of the answer to every prompt, under each of many guards.
+
+    The same numbers as from `predict_next_tokens`, guard by guard, but what the passes share is computed once
+    (see `prefixes`).
+
+    Args:
+        score: from log-probabilities to one number a row.
+
+    Raises:
+        MechguardError: as `collect`, or a guard that sends other prompts than it was given.
+    """
+    sent = model.prepare(as_prompts(prompts))
+    for guard in guards:
+        if _ready(model, prompts, guard) != sent:
+            raise MechguardError("guards that change prompts share no pass; use predict_next_tokens")
+    parts = [_steering_parts(guard) for guard in guards]
+    found = torch.empty(len(parts), len(sent))
+
+    def work(rows: list[int]) -> Float[Tensor, "guard batch"]:
+        logits = _shared_logits(model, [sent[row] for row in rows], parts, teacher or model.llm)
+        return torch.stack([score(one.log_softmax(-1)) for one in logits])
+
+    label = f"score {sent.condition}, {len(parts)} guards"
+    for rows, scores in _in_batches(work, model, sent, batch_size, label, progress):
+        found[:, rows] = scores
+    return found
 
 
 def generate(
@@ -279,7 +318,7 @@ def respond_in_batches(
         return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
-    yield from _in_batches(work, sent, model.d_model, batch_size, label, progress, known)
+    yield from _in_batches(work, model, sent, batch_size, label, progress, known)
 
 
 def _check_numbers(logits: Float[Tensor, "batch vocabulary"], batch: Sequence[Prompt]) -> None:
@@ -380,22 +419,22 @@ def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[i
 
 def _in_batches(
     work: Callable[[list[int]], T],
+    model: VLM,
     prompts: Prompts,
-    width: int,
     batch_size: BatchSize,
     label: str,
     progress: bool,
     known: Container[int] = (),
 ) -> Iterator[tuple[list[int], T]]:
-    """Run `work` over rows sorted by length, halving the batch when memory runs out.
+    """Run `work` over rows sorted by their number of tokens, halving the batch when memory runs out.
 
     A batch that holds nothing but `known` rows is left out.
 
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
     """
-    size = _batch_size(width, batch_size)
-    groups = _groups(prompts)
+    size = _batch_size(model.d_model, batch_size)
+    groups = _groups(model, prompts)
     with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         for group in groups:
             start, limit = 0, _equal(len(group), size)
@@ -439,14 +478,15 @@ def plan_batches(model: VLM, prompts: Prompts, batch_size: BatchSize) -> list[li
     size = _batch_size(model.d_model, batch_size)
     return [
         group[start : start + _equal(len(group), size)]
-        for group in _groups(prompts)
+        for group in _groups(model, prompts)
         for start in range(0, len(group), _equal(len(group), size))
     ]
 
 
-def _groups(prompts: Prompts) -> list[list[int]]:
+def _groups(model: VLM, prompts: Prompts) -> list[list[int]]:
     """Rows sorted by length, those with different numbers of pictures apart."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    lengths = model.count_tokens(prompts)
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     counts = [len(prompt.images) for prompt in prompts]
     return [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
 
@@ -492,10 +532,10 @@ def _trace_states(
                     layer.output = steering(number, layer.output)
                 state = layer.output
             if number in wanted:
-                found.append(read(state).to("cpu", torch.float32))
+                found.append(read(state).to(model.device, torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
-    return states
+    return states.to("cpu")
 
 
 def _trace_logits(
@@ -509,16 +549,45 @@ def _trace_logits(
         for number in runs
         if steering is not None and number in steering.layers
     ]
-    traced, door, rows = model.traced, model.door, len(batch)
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door):
+    traced, door, rows, last = model.traced, model.door, len(batch), model.last_logits
+    with torch.no_grad(), traced.trace(**encoded, **last, use_cache=False, **door):
         for number, layer in steered:
             layer.output = steering(number, layer.output)  # type: ignore[misc]
         logits = traced.output.logits[:rows, -1].to("cpu", torch.float32).save()
     return logits
 
 
+def _shared_logits(
+    model: VLM, batch: Sequence[Prompt], settings: Sequence[tuple[Guard, ...]], teacher: VLM
+) -> Iterator[Float[Tensor, "batch vocabulary"]]:
+    """The logits under each of several guards, on the CPU; what they share is computed once."""
+    encoded = model.encode_once(batch)
+    inputs = {**encoded, **model.position_ids(encoded)}
+    prefixes: dict[bool, Prefix | None] = {}
+
+    def prefix_of(guards: Sequence[Guard]) -> Prefix | None:
+        for last in (True, False) if only_last(guards) else (False,):
+            if last not in prefixes:
+                prefixes[last] = read_prefix(model, inputs, last=last)
+            if prefixes[last] is not None:
+                return prefixes[last]
+        return None
+
+    read: dict[str | None, States] = {}
+    for guards in settings:
+        prefix = prefix_of(guards)
+        if prefix is None:
+            yield _trace_logits(model, batch, guards, teacher)
+            continue
+        states = _supervising_states(model, batch, guards, teacher, read)
+        where = [mask_positions(model, batch, encoded, guard.scope.positions) for guard in guards]
+        with torch.no_grad():
+            logits = prefix.logits(Steering(guards, where, teacher_states=states)) if guards else prefix.plain
+        yield logits.to("cpu", torch.float32)
+
+
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded = model.encode(batch)
+    encoded = _encode(model, batch, (), settings)
     with torch.no_grad():
         sequences = model.hf_model.generate(**encoded, **settings)
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
@@ -527,7 +596,7 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 def _guarded_responses(
     model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guards, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher, settings)
     assert steering is not None
     if steering.shared_pass:
         settings = {**settings, "logits_processor": [_same_tokens]}
@@ -562,26 +631,65 @@ def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
 
 
 def _begin(
-    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
-) -> tuple[Steering | None, dict[str, Tensor]]:
-    """Encode a batch and, for guards, bring in what supervises them."""
+    model: VLM,
+    batch: Sequence[Prompt],
+    guards: Sequence[Guard],
+    teacher: VLM,
+    settings: dict[str, Any] | None = None,
+) -> tuple[Steering | None, dict[str, Any]]:
+    """Encode a batch and, for guards, bring in what supervises them.
+
+    Args:
+        settings: of a generation; None for a single pass.
+    """
     if not guards:
-        return None, model.encode(batch)
+        return None, _encode(model, batch, guards, settings)
     supervised = [guard for guard in guards if guard.supervised]
     texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
     streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
-    encoded = model.encode(rows)
+    encoded = _encode(model, rows, guards, settings)
     states = None
     if supervised and not streams:
         layers = sorted({layer for guard in supervised for layer in guard.layers})
-        _check_teacher(teacher, model, layers)
-        found = _trace_states(teacher, texts, layers, "last", (), teacher)
-        states = dict(zip(layers, found.to(model.device), strict=True))
+        states = _read_states(model, texts, layers, teacher)
     where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
     steering = Steering(guards, where, teacher_states=states, shared_pass=streams)
     steering.reading_passes = passes
     return steering, encoded
+
+
+def _encode(
+    model: VLM, rows: Sequence[Prompt], guards: Sequence[Guard], settings: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A batch encoded; where prompts are shared, with the keys and values of all tokens but the last."""
+    shared = shared_prompts()
+    if settings is None or shared is None or not only_last(guards) or not continues(settings):
+        return model.encode_once(rows)
+    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows))
+
+
+def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher: VLM) -> States:
+    """What the teacher's states are at the end of each text."""
+    _check_teacher(teacher, model, layers)
+    found = _trace_states(teacher, texts, layers, "last", (), teacher)
+    return dict(zip(layers, found.to(model.device), strict=True))
+
+
+def _supervising_states(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, read: dict[str | None, States]
+) -> States | None:
+    """The teacher's states at all layers; `read` holds those of the same texts."""
+    supervised = [guard for guard in guards if guard.supervised]
+    if not supervised:
+        return None
+    question = supervised[0].reads
+    if question not in read:
+        texts, _ = _supervising_texts(model, batch, supervised)
+        layers = list(range(min(teacher.n_layers, model.n_layers)))
+        read[question] = _read_states(model, texts, layers, teacher)
+    _check_teacher(teacher, model, sorted({layer for guard in supervised for layer in guard.layers}))
+    return read[question]
 
 
 def _supervising_texts(

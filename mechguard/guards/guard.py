@@ -149,10 +149,11 @@ class Guard:
         layer: int,
         hidden: Float[Tensor, "batch pos d_model"],
         query: Query,
-        mask: Bool[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The states after the intervention; positions outside the mask stay bit for bit.
 
+        Without a mask it acts on all of them.
         The sum is taken in float32 and returned in the dtype of `hidden`.
         """
         if self.move is None:
@@ -163,7 +164,8 @@ class Guard:
             moved = moved * (
                 wide.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             )
-        return apply_where(mask.to(hidden.device), moved.to(hidden.dtype), hidden)
+        moved = moved.to(hidden.dtype)
+        return moved if mask is None else apply_where(mask.to(hidden.device), moved, hidden)
 
     def acts(self, phase: Literal["prompt", "generated"]) -> bool:
         """Whether the guard acts in this phase."""
