@@ -27,7 +27,7 @@ ROWS = [
     {"guards", "transfer"},
     {"tracing"},
     {"responses", "circuits", "report", "doctor"},
-    {"evaluation", "quality"},
+    {"evaluation", "quality", "explorer"},
     {"sweeps", "searches", "judging"},
     {"study", "comparison", "inspect_logs"},
     {"protocol"},
@@ -113,6 +113,10 @@ OPTIONAL = {
     "optuna",
     "transformer_lens",
     "inspect_ai",
+    "ipywidgets",
+    "anywidget",
+    "traitlets",
+    "IPython",
 }  # looked for, and done without where they are missing
 
 

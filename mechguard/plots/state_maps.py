@@ -169,6 +169,7 @@ def _traces(plan: Map, groups: list[pd.DataFrame]) -> list[Any]:
             marker=marker,
             hovertext=[_hover(row) for row in rows.to_dict("records")],
             hoverinfo="text",
+            ids=rows["id"].astype(str).tolist(),
         )
         if known.notna().any():
             trace.update(customdata=known.where(known.notna(), None).tolist())
