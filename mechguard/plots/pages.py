@@ -12,6 +12,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from mechguard.plots.motion import set_in_motion
 from mechguard.plots.style import table_behind
 from mechguard.storage import write_bytes, write_text
 
@@ -113,14 +114,16 @@ def save(
 
 def draw_html(figure: go.Figure, *, name: str, include_plotlyjs: bool | str = False) -> str:
     """A figure as a piece of HTML, to stand in a page that holds `FIGURE_CSS`."""
-    return figure.to_html(
+    still, motion = set_in_motion(figure)
+    pictured = (figure.layout.meta or {}).get("pictures")
+    return still.to_html(
         full_html=False,
         include_plotlyjs=include_plotlyjs,
         div_id=f"figure-{''.join(c if c.isalnum() else '-' for c in name)}",
         config=CONFIG,
         auto_play=False,
         default_height=f"{figure.layout.height or 450}px",
-        post_script=HOVER_SCRIPT if (figure.layout.meta or {}).get("pictures") else None,
+        post_script=[script for script in (motion, HOVER_SCRIPT if pictured else "") if script],
     )
 
 
