@@ -28,10 +28,17 @@ NEEDED = ("states", "projections")
 NOT_KEPT = "<em>The tokens of this prompt were not kept; those of a few test prompts are.</em>"
 MAP_HEIGHT = 520
 CHOSEN = {"color": GREEN, "width": 2}  # neither label's colour
-# Plotly's FigureWidget leaves out part of the data that it is made with, so the figures are drawn here. They
-# are drawn again when they are shown or resized: a notebook makes its widgets before they have a size.
+# anywidget gives a module two seconds to load, which plotly.js takes on a busy machine (a FigureWidget then stays
+# empty). So it comes as a value, and is loaded when it is needed. Figures are drawn when they are shown or
+# resized: a notebook makes its widgets before they have a size.
 VIEW = """
-function render({ model, el }) {
+const load = source => window.Plotly ? Promise.resolve() : new Promise(done => {
+  const script = document.createElement("script");
+  script.onload = done;
+  script.src = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+  document.head.append(script);
+});
+async function render({ model, el }) {
   const places = {};
   const place = name => {
     if (!places[name]) el.append(places[name] = document.createElement("div"));
@@ -53,6 +60,7 @@ function render({ model, el }) {
       });
     }
   };
+  await load(model.get("plotlyjs"));
   model.on("change:drawn", draw);
   const watch = new ResizeObserver(draw);
   watch.observe(el);
@@ -236,7 +244,8 @@ def _make_view() -> Any:
     import traitlets
 
     class View(anywidget.AnyWidget):
-        _esm = get_plotlyjs() + VIEW
+        _esm = VIEW
+        plotlyjs = traitlets.Unicode(get_plotlyjs()).tag(sync=True)
         drawn = traitlets.Dict().tag(sync=True)
         clicked = traitlets.Unicode().tag(sync=True)
 

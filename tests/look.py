@@ -139,7 +139,6 @@ def look_at_jupyter(browser: Any, study: Path, out: Path) -> list[str]:
 
 def _explore(browser: Any, address: str, out: Path) -> list[str]:
     page = _run_notebook(browser, f"{address}/lab/tree/explore.ipynb")
-    page.wait_for_timeout(45000); page.screenshot(path=out / "explorer-0.png"); print(page.said[:5])
     wait_for_figures(page, 3)
     titles = "() => [...document.querySelectorAll('.js-plotly-plot .gtitle')].map(title => title.textContent)"
     points = "() => document.querySelector('.js-plotly-plot')._fullData.reduce((n, t) => n + t._length, 0)"
@@ -220,7 +219,9 @@ def start_jupyter(folder: Path) -> Iterator[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    hidden = {f"JUPYTER_{kind}_DIR": str(folder / f".{kind.lower()}") for kind in ("CONFIG", "DATA", "RUNTIME")}
+    hidden = {
+        f"JUPYTER_{kind}_DIR": str(folder / f".{kind.lower()}") for kind in ("CONFIG", "DATA", "RUNTIME")
+    }
     command = [str(BIN / "jupyter-lab"), "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder.resolve()}"]
     with (folder / "jupyter.log").open("w") as log:
@@ -268,14 +269,18 @@ LOOKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("looks", nargs="*", default=list(LOOKS), help=", ".join(LOOKS))
     parser.add_argument("--study", type=Path, default=Path("figures/demo"))
     parser.add_argument("--out", type=Path, default=Path("build/look"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        problems = [line for name in options.looks for line in LOOKS[name](browser, options.study, options.out)]
+        problems = [
+            line for name in options.looks for line in LOOKS[name](browser, options.study, options.out)
+        ]
     for line in problems:
         print("PROBLEM", line)
     print(f"{len(problems)} problems; screenshots in {options.out}")
