@@ -39,6 +39,7 @@ const load = source => window.Plotly ? Promise.resolve() : new Promise(done => {
   document.head.append(script);
 });
 async function render({ model, el }) {
+  el.classList.add("mechguard-explorer");
   const places = {};
   const place = name => {
     if (!places[name]) el.append(places[name] = document.createElement("div"));
@@ -67,6 +68,13 @@ async function render({ model, el }) {
   return () => watch.disconnect();
 }
 export default { render };
+"""
+
+# A figure's own text is mid-grey; here it has the notebook's ink.
+INKED = """
+.mechguard-explorer :is(.xaxislayer-above, .yaxislayer-above, .infolayer, .heatmaplayer) text {
+  fill: var(--jp-ui-font-color1, currentColor) !important;
+}
 """
 
 
@@ -244,7 +252,7 @@ def _make_view() -> Any:
     import traitlets
 
     class View(anywidget.AnyWidget):
-        _esm = VIEW
+        _esm, _css = VIEW, INKED
         plotlyjs = traitlets.Unicode(get_plotlyjs()).tag(sync=True)
         drawn = traitlets.Dict().tag(sync=True)
         clicked = traitlets.Unicode().tag(sync=True)

@@ -10,7 +10,7 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # WebGL without a graphics card; a container has no user namespaces for the sandbox.
 FLAGS = ("--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader")
-NOISE = ("GL Driver Message",)  # Chromium on the speed of drawing without a graphics card
+NOISE = ("GL Driver Message", "willReadFrequently")  # Chromium on the speed of drawing
 PATIENCE = 120_000  # milliseconds, for machines that do other things too
 
 

@@ -30,7 +30,9 @@ body { background: var(--paper); color: var(--ink); }
 .js-plotly-plot :is(.xaxislayer-above, .yaxislayer-above, .infolayer, .menulayer) text {
   fill: var(--ink) !important;
 }
-.js-plotly-plot :is(.heatmaplayer, .table, .table-control-view) text { fill: var(--ink) !important; }
+.js-plotly-plot :is(.table, .table-control-view, .waterfalllayer) text { fill: var(--ink) !important; }
+/* Cells of a colour of their own choose light or dark text by themselves; those the page shines through do not. */
+.js-plotly-plot .heatmaplayer text[style*="rgb(119, 119, 119)"] { fill: var(--ink) !important; }
 .plotly-graph-div { min-width: 860px; }
 .js-plotly-plot .updatemenu-item-rect { fill: rgba(128, 128, 128, 0.15) !important; }
 .hover-picture { border: 1px solid #8c8c8c; border-radius: 4px; pointer-events: none; position: absolute;
