@@ -95,7 +95,11 @@ def look_at_motion(browser: Any, study: Path, out: Path) -> list[str]:
         """async () => {
           window.painted = [];
           let before = performance.now(), running = true;
-          const tick = now => { painted.push(now - before); before = now; if (running) requestAnimationFrame(tick); };
+          const tick = now => {
+            painted.push(now - before);
+            before = now;
+            if (running) requestAnimationFrame(tick);
+          };
           requestAnimationFrame(tick);
           window.layersPassed = 0;
           const figure = document.querySelector('.js-plotly-plot');
@@ -173,7 +177,8 @@ def _place_of_point(page: Any) -> list[float]:
           const figure = document.querySelector('.js-plotly-plot');
           const {xaxis, yaxis} = figure._fullLayout, group = figure._fullData[1];
           const box = figure.getBoundingClientRect();
-          return [box.left + xaxis._offset + xaxis.d2p(group.x[0]), box.top + yaxis._offset + yaxis.d2p(group.y[0])];
+          const across = xaxis._offset + xaxis.d2p(group.x[0]), down = yaxis._offset + yaxis.d2p(group.y[0]);
+          return [box.left + across, box.top + down];
         }"""
     )
 
@@ -188,8 +193,9 @@ def _quickstart(browser: Any, address: str, out: Path) -> list[str]:
     title = maps.first.locator(".gtitle")
     before = title.text_content()
     maps.first.locator(".slider-rail-touch-rect").click(position={"x": 300, "y": 5})
-    page.wait_for_function("before => [...document.querySelectorAll('.js-plotly-plot:has(.slider-group) .gtitle')][0]"
-                           ".textContent !== before", arg=before)  # fmt: skip
+    heading = "document.querySelector('.js-plotly-plot:has(.slider-group) .gtitle').textContent"
+    moved = f"before => {heading} !== before"
+    page.wait_for_function(moved, arg=before)
     print("quickstart's map:", before, "->", title.text_content())
     maps.first.screenshot(path=out / "quickstart-2.png")
     return _errors(page, "quickstart")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pretend
@@ -38,9 +37,8 @@ def test_the_report_draws_every_figure_and_says_nothing(browser: Any, report: st
     assert drawn >= 14
     if scheme == "dark":  # cells have colours of their own, on which the page's light ink would vanish
         ink = page.evaluate("() => getComputedStyle(document.body).color")
-        cells = page.evaluate(
-            "() => [...document.querySelectorAll('#transfer .heatmaplayer text')].map(t => getComputedStyle(t).fill)"
-        )
+        cells = page.locator("#transfer .heatmaplayer text")
+        cells = cells.evaluate_all("texts => texts.map(text => getComputedStyle(text).fill)")
         assert cells
         assert ink not in cells
     page.locator("#layer").focus()

@@ -543,7 +543,8 @@ def test_a_page_moves_points_by_whole_numbers_that_are_their_coordinates():
     assert len(figure.frames) == len(pretend.LAYERS)  # the figure itself keeps them, for notebooks
     described = json.loads(re.search(r"places\} = (\{.*\}), STEPS", script)[1])
     assert described["layers"] == list(pretend.LAYERS)
-    steps = np.frombuffer(b64decode(described["places"]), "<u2").reshape(len(pretend.LAYERS), -1).astype(float)
+    places = np.frombuffer(b64decode(described["places"]), "<u2").astype(float)
+    steps = places.reshape(len(pretend.LAYERS), -1)
     start = 0
     for trace, count in enumerate(described["counts"]):
         for axis in ("x", "y"):

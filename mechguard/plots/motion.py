@@ -1,8 +1,8 @@
 """Motion: a saved map's points glide from layer to layer, without a figure drawn anew for each of them.
 
-Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers therefore come as
-one array of whole numbers, and while the layer changes a canvas above the figure draws the points; when it
-rests, plotly draws that layer, with its axes and hover boxes. In a notebook the figure moves by its frames.
+Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers therefore
+come as one array of whole numbers, and while the layer changes a canvas above the figure draws the points; when
+it rests, plotly draws that layer, with its axes and hover boxes. In a notebook the figure moves by its frames.
 """
 
 from __future__ import annotations
@@ -26,26 +26,36 @@ MOTION_SCRIPT = """
   const canvas = figure.appendChild(document.createElement("canvas"));
   Object.assign(canvas.style, {position: "absolute", pointerEvents: "none", visibility: "hidden"});
   figure.style.position = "relative";
+  const corners = (c, places) => {
+    places.forEach(([x, y], n) => n ? c.lineTo(x, y) : c.moveTo(x, y));
+    c.closePath();
+  };
   const shapes = {
     square: (c, x, y, r) => c.rect(x - r, y - r, 2 * r, 2 * r),
-    diamond: (c, x, y, r) => { c.moveTo(x, y - r); c.lineTo(x + r, y); c.lineTo(x, y + r); c.lineTo(x - r, y); c.closePath(); },
-    "triangle-up": (c, x, y, r) => { c.moveTo(x, y - r); c.lineTo(x + r, y + r); c.lineTo(x - r, y + r); c.closePath(); },
-    cross: (c, x, y, r) => { c.rect(x - r, y - r / 3, 2 * r, r * 2 / 3); c.rect(x - r / 3, y - r, r * 2 / 3, 2 * r); },
+    diamond: (c, x, y, r) => corners(c, [[x, y - r], [x + r, y], [x, y + r], [x - r, y]]),
+    "triangle-up": (c, x, y, r) => corners(c, [[x, y - r], [x + r, y + r], [x - r, y + r]]),
+    cross: (c, x, y, r) => {
+      c.rect(x - r, y - r / 3, 2 * r, r * 2 / 3);
+      c.rect(x - r / 3, y - r, r * 2 / 3, 2 * r);
+    },
     circle: (c, x, y, r) => { c.moveTo(x + r, y); c.arc(x, y, r, 0, 7); },
   };
-  let now = Float32Array.from(known.subarray(0, size)), from = now, began = 0, at = 0, moving = false, held = false, rest, beat;
+  let now = Float32Array.from(known.subarray(0, size)), from = now;
+  let began = 0, at = 0, moving = false, held = false, rest, beat;
   function paint() {
     const {_size: area} = figure._fullLayout, scale = window.devicePixelRatio;
     canvas.width = area.w * scale;
     canvas.height = area.h * scale;
-    Object.assign(canvas.style, {left: `${area.l}px`, top: `${area.t}px`, width: `${area.w}px`, height: `${area.h}px`});
+    const box = {left: area.l, top: area.t, width: area.w, height: area.h};
+    for (const side in box) canvas.style[side] = `${box[side]}px`;
     const c = canvas.getContext("2d");
     c.scale(scale, scale);
     figure.data.forEach((trace, t) => {
       if (trace.visible === "legendonly") return;
       const lines = trace.mode !== "markers", look = trace.marker || {}, open = /-open$/.test(look.symbol);
-      const shape = shapes[String(look.symbol).replace("-open", "")] || shapes.circle, radius = (look.size || 6) / 2;
-      const xs = now.subarray(starts[t], starts[t] + counts[t]), ys = now.subarray(starts[t] + counts[t], starts[t] + 2 * counts[t]);
+      const shape = shapes[String(look.symbol).replace("-open", "")] || shapes.circle;
+      const radius = (look.size || 6) / 2, middle = starts[t] + counts[t];
+      const xs = now.subarray(starts[t], middle), ys = now.subarray(middle, middle + counts[t]);
       c.beginPath();
       for (let n = 0; n < counts[t]; n++) {
         if (xs[n] === GAP) continue;
@@ -73,14 +83,15 @@ MOTION_SCRIPT = """
       y.push(Array.from(known.subarray(here + count, here + 2 * count), p => value(ends.y, p)));
     });
     const title = {"title.text": ends.title, "title.subtitle.text": ends.subtitle};
-    Plotly.update(figure, {x, y}, {...title, "xaxis.range": ends.x, "yaxis.range": ends.y, "sliders[0].active": at})
-      .then(() => show(false));
+    const view = {...title, "xaxis.range": ends.x, "yaxis.range": ends.y, "sliders[0].active": at};
+    Plotly.update(figure, {x, y}, view).then(() => show(false));
   }
   function show(canvasOnly) {
+    const parts = (names, style, value) => figure.querySelectorAll(names).forEach(p => p.style[style] = value);
     canvas.style.visibility = canvasOnly ? "visible" : "hidden";
-    figure.querySelectorAll(".gl-container, .scatterlayer").forEach(part => part.style.visibility = canvasOnly ? "hidden" : "");
+    parts(".gl-container, .scatterlayer", "visibility", canvasOnly ? "hidden" : "");
     // What only the figure at rest has right: the numbers on its axes and its title.
-    figure.querySelectorAll(".xaxislayer-above, .yaxislayer-above, .g-gtitle").forEach(part => part.style.opacity = canvasOnly ? 0.2 : 1);
+    parts(".xaxislayer-above, .yaxislayer-above, .g-gtitle", "opacity", canvasOnly ? 0.2 : 1);
   }
   const restIn = wait => { clearTimeout(rest); rest = held ? null : setTimeout(settle, wait); };
   figure.goTo = layer => {
@@ -105,7 +116,7 @@ MOTION_SCRIPT = """
 
 
 def set_in_motion(figure: go.Figure) -> tuple[go.Figure, str]:
-    """A figure without its frames, and the script that moves it; nothing changes where frames are no points."""
+    """A figure without its frames, and the script that moves it; as it is where frames are no points."""
     if not figure.frames or any(trace.type not in FLAT for trace in figure.data):
         return figure, ""
     still = go.Figure(figure)

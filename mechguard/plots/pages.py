@@ -31,7 +31,7 @@ body { background: var(--paper); color: var(--ink); }
   fill: var(--ink) !important;
 }
 .js-plotly-plot :is(.table, .table-control-view, .waterfalllayer) text { fill: var(--ink) !important; }
-/* Cells of a colour of their own choose light or dark text by themselves; those the page shines through do not. */
+/* Opaque cells choose light or dark text by themselves; those that the page shines through do not. */
 .js-plotly-plot .heatmaplayer text[style*="rgb(119, 119, 119)"] { fill: var(--ink) !important; }
 .plotly-graph-div { min-width: 860px; }
 .js-plotly-plot .updatemenu-item-rect { fill: rgba(128, 128, 128, 0.15) !important; }
