@@ -28,9 +28,9 @@ NEEDED = ("states", "projections")
 NOT_KEPT = "<em>The tokens of this prompt were not kept; those of a few test prompts are.</em>"
 MAP_HEIGHT = 520
 CHOSEN = {"color": GREEN, "width": 2}  # neither label's colour
-# anywidget gives a module two seconds to load, which plotly.js takes on a busy machine (a FigureWidget then stays
-# empty). So it comes as a value, and is loaded when it is needed. Figures are drawn when they are shown or
-# resized: a notebook makes its widgets before they have a size.
+# anywidget gives a module two seconds to load, which plotly.js takes on a busy machine (a FigureWidget then
+# stays empty). So it comes as a value, and is loaded when it is needed. Figures are drawn when they are shown
+# or resized: a notebook makes its widgets before they have a size.
 VIEW = """
 const load = source => window.Plotly ? Promise.resolve() : new Promise(done => {
   const script = document.createElement("script");

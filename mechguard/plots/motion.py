@@ -1,8 +1,8 @@
 """Motion: a saved map's points glide from layer to layer, without a figure drawn anew for each of them.
 
-Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers therefore
-come as one array of whole numbers, and while the layer changes a canvas above the figure draws the points; when
-it rests, plotly draws that layer, with its axes and hover boxes. In a notebook the figure moves by its frames.
+Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers come as
+one array of whole numbers instead, and while the layer changes a canvas above the figure draws the points;
+when it rests, plotly draws that layer, with its axes and hover boxes. In a notebook a figure moves by its frames.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ MOTION_SCRIPT = """
     Plotly.update(figure, {x, y}, view).then(() => show(false));
   }
   function show(canvasOnly) {
-    const parts = (names, style, value) => figure.querySelectorAll(names).forEach(p => p.style[style] = value);
+    const parts = (names, style, value) =>
+      figure.querySelectorAll(names).forEach(part => { part.style[style] = value; });
     canvas.style.visibility = canvasOnly ? "visible" : "hidden";
     parts(".gl-container, .scatterlayer", "visibility", canvasOnly ? "hidden" : "");
     // What only the figure at rest has right: the numbers on its axes and its title.
