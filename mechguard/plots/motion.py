@@ -1,8 +1,8 @@
 """Motion: a saved map's points glide from layer to layer, without a figure drawn anew for each of them.
 
-Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers come as
-one array of whole numbers instead, and while the layer changes a canvas above the figure draws the points;
-when it rests, plotly draws that layer, with its axes and hover boxes. In a notebook a figure moves by its frames.
+Plotly draws all of a figure for a frame: axes, legend, slider. On a page the coordinates of all layers come
+as one array of whole numbers instead, and while the layer changes a canvas above the figure draws the points;
+when it rests, plotly draws that layer, with its axes and hover boxes. In a notebook a figure has frames.
 """
 
 from __future__ import annotations
