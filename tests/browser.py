@@ -47,11 +47,12 @@ def _note(page: Any, message: Any) -> None:
         page.said.append(f"{message.type}: {message.text}")
 
 
-def wait_for_figures(page: Any, count: int = 1) -> None:
+def wait_for_figures(page: Any, count: int = 1, *, patience: int = PATIENCE) -> None:
     """Wait until so many figures are drawn, and until they are painted."""
     page.wait_for_function(
         "count => [...document.querySelectorAll('.js-plotly-plot')].filter(f => f.querySelector('.main-svg')"
         ").length >= count",
         arg=count,
+        timeout=patience,
     )
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")

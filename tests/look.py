@@ -184,9 +184,8 @@ def _place_of_point(page: Any) -> list[float]:
 
 
 def _quickstart(browser: Any, address: str, out: Path) -> list[str]:
-    page = _run_notebook(browser, f"{address}/lab/tree/quickstart.ipynb", height=7000)
-    wait_for_figures(page, 4)
-    page.wait_for_timeout(5000)
+    page = _run_notebook(browser, f"{address}/lab/tree/quickstart.ipynb", height=6000)
+    wait_for_figures(page, 4, patience=600_000)
     page.screenshot(path=out / "quickstart-1.png")
     maps = page.locator(".js-plotly-plot:has(.slider-group)")
     maps.first.scroll_into_view_if_needed()
