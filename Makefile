@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures notebooks defences families calibration test organism-check robustness audit lint bench \
-	bench-peers format clean
+.PHONY: install demo figures notebooks defences families look calibration test organism-check robustness audit lint \
+	bench bench-peers format clean
 
 install: $(INSTALLED)
 
@@ -76,6 +76,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every figure, the report and JupyterLab in a headless Chromium: screenshots in build/look, errors counted.
+look: install
+	test -f figures/demo/report.html || $(MAKE) demo
+	$(BIN)/python tests/look.py --study figures/demo --out build/look
 
 # About twenty minutes on one core.
 calibration: install

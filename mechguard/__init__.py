@@ -87,6 +87,7 @@ _HOMES = {
     "choose": "sweeps",
     "Result": "result",
     "write_report": "report",
+    "explore": "explorer",
     "run_study": "study",
     "MechguardError": "errors",
 }
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from mechguard.doctor import diagnose
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
+    from mechguard.explorer import explore
     from mechguard.gap import measure_modality_gap
     from mechguard.guards import (
         Chain,

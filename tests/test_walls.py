@@ -28,7 +28,7 @@ ROWS = [
     {"prefixes"},
     {"tracing"},
     {"responses", "circuits", "report", "doctor"},
-    {"evaluation", "quality"},
+    {"evaluation", "quality", "explorer"},
     {"sweeps", "searches", "judging"},
     {"study", "comparison", "inspect_logs"},
     {"protocol"},
@@ -114,6 +114,10 @@ OPTIONAL = {
     "optuna",
     "transformer_lens",
     "inspect_ai",
+    "ipywidgets",
+    "anywidget",
+    "traitlets",
+    "IPython",
 }  # looked for, and done without where they are missing
 
 
