@@ -37,6 +37,8 @@ LINKS = {
     "figures/README.md": "figures/README.md",
     "tests/test_walls.py": None,
 }
+SHIM = "https://unpkg.com/iframe-worker/shim"  # what the plugin `offline` would load
+ALONE = "---\nhide: [navigation]\n---\n\n"  # a page without others beside it
 TABLE_ROW = "| [`mg.{name}`][{path}] | {summary} |\n"
 
 _outputs: dict[str, list[str]] = {}  # page -> the outputs of its notebook, for the placeholders in it
@@ -70,10 +72,10 @@ def on_files(files: Any, config: Any) -> Any:
     from mechguard.plots.pages import FIGURE_CSS
 
     made = {
-        "index.md": site_links((ROOT / "README.md").read_text()),
+        "index.md": ALONE + site_links((ROOT / "README.md").read_text()),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
         "organism.md": (ROOT / "mechguard" / "organism" / "README.md").read_text(),
-        "figures/README.md": (ROOT / "figures" / "README.md").read_text(),
+        "figures/README.md": ALONE + site_links((ROOT / "figures" / "README.md").read_text(), up="../"),
         "tutorials/index.md": tutorial_index(),
         **{f"tutorials/{path.stem}.md": tutorial(path) for path in notebooks()},
         "reference/index.md": reference_index(),
@@ -106,27 +108,32 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """Refuse a site that loads anything from elsewhere."""
+    """The search's helper from here, not from the network; a site that loads anything from elsewhere is refused."""
     loads = r"""<(?:script|img|iframe|link(?![^>]*rel="?canonical))\b[^>]*\b(?:src|href)="?(?:https?:)?//[^"\s>]+"""
-    for path in Path(config.site_dir).rglob("*.html"):
-        if found := re.search(loads, path.read_text(encoding="utf-8")):
+    site = Path(config.site_dir)
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        up = "../" * (len(path.relative_to(site).parts) - 1)
+        if SHIM in text:
+            path.write_text(text := text.replace(SHIM, f"{up}assets/worker.js"), encoding="utf-8")
+        if found := re.search(loads, text):
             raise SystemExit(f"{path} loads from elsewhere: {found[0][:200]}")
 
 
 # --- home and tutorials ------------------------------------------------------------------------------------
 
 
-def site_links(text: str) -> str:
-    """Links of the repository as links of the site."""
+def site_links(text: str, up: str = "") -> str:
+    """Links of the repository as links of the site; `up` leads from the text's folder to the top."""
 
     def target(match: re.Match[str]) -> str:
-        words, link = match[1], match[2]
+        words, link = match[1], match[2].removeprefix(up)
         if link in LINKS:
-            return words if LINKS[link] is None else f"[{words}]({LINKS[link]})"
+            return words if LINKS[link] is None else f"[{words}]({up}{LINKS[link]})"
         if link.startswith("docs/"):
-            return f"[{words}]({link.removeprefix('docs/')})"
+            return f"[{words}]({up}{link.removeprefix('docs/')})"
         if link.startswith("notebooks/"):
-            return f"[{words}](tutorials/{Path(link).stem}.md)"
+            return f"[{words}]({up}tutorials/{Path(link).stem}.md)"
         return match[0]
 
     return re.sub(r"(?<!!)\[([^]]+)\]\(([^)#:]+)\)", target, text)
@@ -222,7 +229,7 @@ def reference_pages() -> dict[str, str]:
     pages = {}
     for room, names in public_names().items():
         opening = inspect.getdoc(importlib.import_module(f"mechguard.{room}")) or ""
-        blocks = [f"# {room}", "", literal(opening), ""]
+        blocks = [f"# {room}", "", opening, ""]
         for name in names:
             blocks += [f"::: {name}", "    options:", f"        heading: {name.rpartition('.')[2]}", ""]
         pages[f"reference/{room}.md"] = "\n".join(blocks)
@@ -237,7 +244,7 @@ def reference_index() -> str:
         for path in names:
             short = path.rpartition(".")[2]
             prefix = "" if short in public_short_names() else f"{room}."
-            lines.append(TABLE_ROW.format(name=prefix + short, path=path, summary=literal(summary(path))))
+            lines.append(TABLE_ROW.format(name=prefix + short, path=path, summary=summary(path)))
     return "".join(lines)
 
 
@@ -251,11 +258,6 @@ def summary(path: str) -> str:
     module, _, name = path.rpartition(".")
     text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
     return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
-
-
-def literal(text: str) -> str:
-    """Prose of a docstring whose stars and angle brackets are meant as they are."""
-    return re.sub(r"(?<![`\\])([*<])", r"\\\1", text)
 
 
 def command_line() -> str:

@@ -73,7 +73,7 @@ PICTURES = (
     Picture(
         "layer_sweep", "separability", plots.layer_sweep, "layer_sweep(result)", "Harmful against harmless, layer by layer",
         "AUROC of the projection on the language model's direction (left) and on the states' own, held-out direction "
-        "(right); bands are intervals. Control: shuffled labels (grey).",
+        "(right); bands are intervals. Controls: shuffled labels and random directions (grey).",
     ),
     Picture(
         "transfer_matrix", "transfer", plots.transfer_matrix, "transfer_matrix(result)", "Does the direction transfer?",
@@ -102,11 +102,6 @@ PICTURES = (
         "state_map(result)", "Where the states are",
         f"Each prompt at layer {LAYER} as text and beside pictures, on two principal components; arrows go from text to "
         "picture. A map, not a measurement: it has no interval.",
-    ),
-    Picture(
-        "state_map_3d", "states", lambda result: plots.state_map(result.where(layer=LAYER), dimensions=3),
-        "state_map(result, dimensions=3)", "The same in three dimensions",
-        "The third principal component as well; in the page it turns.",
     ),
     Picture(
         "projection_ridgeline", "projections", plots.projection_ridgeline, "projection_ridgeline(result)",
@@ -229,21 +224,23 @@ def describe(picture: Picture, table: pd.DataFrame) -> str:
     )
 
 
-def main() -> None:
-    """Draw every picture and write the page."""
+def main(names: list[str]) -> None:
+    """Draw the pictures of these names, by default all, and write the page."""
     study = StudyFolder.read(STUDY)
     page = [OPENING]
     with one_browser():
         for picture in PICTURES:
             result = read(picture, study)
+            page.append(describe(picture, result.table))
+            if names and picture.name not in names:
+                continue
             png = draw_picture(picture.draw(result), "png")
             if png is None:
                 sys.exit('pictures need kaleido and a Chromium: pip install "mechguard[images]"')
             write_bytes(FOLDER / f"{picture.name}.png", compressed(png))
-            page.append(describe(picture, result.table))
             print(picture.name, file=sys.stderr)
     write_text(FOLDER / "README.md", "\n".join(page))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

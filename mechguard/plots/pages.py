@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from mechguard.plots.style import table_behind
+from mechguard.plots.style import INK, table_behind
 from mechguard.storage import write_bytes, write_text
 
 SCRIPT = "plotly.min.js"
 CONFIG = {"responsive": True, "displaylogo": False}
 WIDTH = 1100  # pixels of a picture
+PRINTED = "#1d2125"  # ink on white
 PICTURES = ("png", "pdf")
 SUFFIXES = {".html", ".csv", *(f".{kind}" for kind in PICTURES)}
 # A figure's own text is mid-grey, for pages that know nothing of it; our pages give it the page's ink.
@@ -133,8 +135,10 @@ def draw_picture(figure: go.Figure, kind: str) -> bytes | None:
     if importlib.util.find_spec("kaleido") is None:
         return None
     printed = go.Figure(figure).update_layout(
-        paper_bgcolor="white", plot_bgcolor="white", font_color="#1d2125"
+        paper_bgcolor="white", plot_bgcolor="white", font_color=PRINTED
     )
+    printed.update_traces(cells_font_color=PRINTED, header_font_color=PRINTED, selector={"type": "table"})
+    printed.update_traces(textfont_color=PRINTED, selector=_written_in_grey)
     printed.layout.sliders = printed.layout.updatemenus = ()
     printed.layout.meta, printed.frames = None, ()
     height = figure.layout.height or 450
@@ -142,6 +146,11 @@ def draw_picture(figure: go.Figure, kind: str) -> bytes | None:
         return printed.to_image(kind, width=WIDTH, height=height, scale=2)
     except (RuntimeError, OSError, TimeoutError):  # no Chromium, or one that does not start
         return None
+
+
+def _written_in_grey(trace: Any) -> bool:
+    """Whether a trace's words have the grey that pages replace by their ink."""
+    return trace.type == "heatmap" and trace.textfont.color == INK
 
 
 @contextmanager
