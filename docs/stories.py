@@ -29,7 +29,7 @@ def run(story: Path) -> Any:
 
     notebook = jupytext.read(story)
     quiet = ["--IPKernelApp.log_level=ERROR"]
-    NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", extra_arguments=quiet).execute()
+    NotebookClient(notebook, timeout=CELL_SECONDS, store_widget_state=False, extra_arguments=quiet).execute()
     return notebook
 
 
