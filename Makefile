@@ -73,8 +73,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About twenty minutes on one core.
 calibration: install
-	$(BIN)/python tests/calibration.py --planted 100 --null 500
+	$(BIN)/python tests/calibration.py --planted 500 --null 500 --out figures/calibration.csv
 
 bench: install
 	$(BIN)/python tests/bench.py --out benchmarks.json

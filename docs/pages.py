@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 from stories import draw_output
+
 EXECUTED = ROOT / "build" / "notebooks"
 PLOTLY, FIGURES_CSS = "assets/plotly.min.js", "assets/figures.css"
 # Guides in the order of a reader; any other page in docs/ follows them.
@@ -145,7 +146,12 @@ def notebooks() -> list[Path]:
 
 def tutorial_index() -> str:
     """The notebooks, with the first sentences of each."""
-    lines = ["# Tutorials", "", "Notebooks that run on the built-in model in minutes, on a laptop without a GPU.", ""]
+    lines = [
+        "# Tutorials",
+        "",
+        "Notebooks that run on the built-in model in minutes, on a laptop without a GPU.",
+        "",
+    ]
     for path in notebooks():
         title, _, rest = first_words(path)
         lines += [f"## [{title}]({path.stem}.md)", "", rest, ""]
@@ -184,7 +190,9 @@ def tutorial(path: Path) -> str:
                     parts.append(placeholder(len(outputs)))
                     outputs.append(shown)
     if not executed.is_file():
-        parts.insert(1, "!!! note\n\n    Without outputs: `make notebooks` runs the notebooks, and adds them here.")
+        parts.insert(
+            1, "!!! note\n\n    Without outputs: `make notebooks` runs the notebooks, and adds them here."
+        )
     return "\n\n".join(parts)
 
 
@@ -214,8 +222,12 @@ def written_in(module: ModuleType) -> list[str]:
     """The functions and classes that a room offers."""
     names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
     values = [getattr(module, name) for name in names]
-    return [home(value) for value in values if inspect.isclass(value) or inspect.isfunction(value)
-            if value.__module__.startswith("mechguard")]
+    return [
+        home(value)
+        for value in values
+        if inspect.isclass(value) or inspect.isfunction(value)
+        if value.__module__.startswith("mechguard")
+    ]
 
 
 def home(value: Any) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import mechguard as mg
 from mechguard import plots
-from mechguard.plots.pages import draw_picture, one_browser
+from mechguard.plots.pages import draw_pictures
 from mechguard.report import StudyFolder
 from mechguard.storage import write_bytes, write_text
 
@@ -227,18 +227,14 @@ def describe(picture: Picture, table: pd.DataFrame) -> str:
 def main(names: list[str]) -> None:
     """Draw the pictures of these names, by default all, and write the page."""
     study = StudyFolder.read(STUDY)
-    page = [OPENING]
-    with one_browser():
-        for picture in PICTURES:
-            result = read(picture, study)
-            page.append(describe(picture, result.table))
-            if names and picture.name not in names:
-                continue
-            png = draw_picture(picture.draw(result), "png")
-            if png is None:
-                sys.exit('pictures need kaleido and a Chromium: pip install "mechguard[images]"')
-            write_bytes(FOLDER / f"{picture.name}.png", compressed(png))
-            print(picture.name, file=sys.stderr)
+    results = {picture.name: read(picture, study) for picture in PICTURES}
+    wanted = [picture for picture in PICTURES if not names or picture.name in names]
+    drawn = draw_pictures([picture.draw(results[picture.name]) for picture in wanted], ["png"])
+    for picture, files in zip(wanted, drawn, strict=True):
+        if "png" not in files:
+            sys.exit('pictures need kaleido and a Chromium: pip install "mechguard[images]"')
+        write_bytes(FOLDER / f"{picture.name}.png", compressed(files["png"]))
+    page = [OPENING, *(describe(picture, results[picture.name].table) for picture in PICTURES)]
     write_text(FOLDER / "README.md", "\n".join(page))
 
 

@@ -429,8 +429,11 @@ def sweep(
         progress=not quiet,
     )
     result.save(out / "sweep")
-    for metric in ("attack_success", "complete_refusal", "benign_compliance"):
-        mg.plots.save(mg.plots.sweep_heatmap(result, metric=metric), out / f"sweep_{metric}")
+    figures = {
+        out / f"sweep_{metric}": mg.plots.sweep_heatmap(result, metric=metric)
+        for metric in ("attack_success", "complete_refusal", "benign_compliance")
+    }
+    mg.plots.save_all(figures)
     _print_rates(result.table, ["condition", "variant", "rank", "layers", "alpha"])
     best = mg.choose(result, objective=objective)
     setting = ", ".join(f"{name} {best[name]}" for name in ("variant", "rank", "layers", "alpha"))

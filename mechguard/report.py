@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from mechguard import plots
 from mechguard.errors import MechguardError
 from mechguard.findings import describe_circuits
-from mechguard.plots.pages import FIGURE_CSS, draw_html, one_browser
+from mechguard.plots.pages import FIGURE_CSS, draw_html
 from mechguard.plots.responses import verdict
 from mechguard.plots.shifts import DECOMPOSITION
 from mechguard.plots.style import metric_name
@@ -206,12 +205,8 @@ def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> li
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
     study = StudyFolder.read(study_dir)
-    written = []
-    with one_browser() if png else nullcontext():
-        for name, figure in study.figures():
-            page = study.folder / "figures" / name
-            written += plots.save(figure, page, include_plotlyjs="directory", pictures=png)
-    return written
+    pages = {study.folder / "figures" / name: figure for name, figure in study.figures()}
+    return plots.save_all(pages, include_plotlyjs="directory", pictures=png)
 
 
 def sample_responses(responses: pd.DataFrame, count: int = SAMPLES) -> list[dict[str, Any]]:

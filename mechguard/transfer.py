@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from scipy import special
 
 from mechguard.activations import Activations
 from mechguard.directions import Directions
@@ -41,6 +42,7 @@ from mechguard.statistics import (
     bootstrap_draws,
     dprime,
     expanded_interval,
+    expanded_t,
     percentile_interval,
     permuted_measure,
     resample_weights,
@@ -48,6 +50,7 @@ from mechguard.statistics import (
 )
 
 MEASURED = {"auroc": auroc, "dprime": dprime}
+TINY = 1e-6  # how near to 0 or 1 log-odds are taken
 CHANGE, RECOVERED = "auroc_change", "auroc_recovered"
 Bases = Float[ndarray, "draws rank d_model"]
 Band = tuple[Float[ndarray, " layer"], Float[ndarray, " layer"], Float[ndarray, " layer"]]
@@ -155,7 +158,7 @@ def measure_angles(
         found = [_resampled_bases(one[index], rank, resamples, seed) for one in differences]
         for name, (_, energies) in zip((s.name for s in states), found, strict=True):
             here = {"condition": name, "direction": name, "layer": layer}
-            rows.append({**here, "metric": "subspace_energy", **_corrected(energies, pairs, _share)})
+            rows.append({**here, "metric": "subspace_energy", **_corrected_share(energies, pairs)})
         for (one, a), (two, b) in combinations(zip((s.name for s in states), found, strict=True), 2):
             here = {"condition": two, "direction": one, "layer": layer}
             rows += [{**here, **row} for row in _angle_rows(a[0], b[0], pairs)]
@@ -266,10 +269,10 @@ def _resampled_bases(
 
 def _angle_rows(first: Bases, second: Bases, pairs: int) -> Iterator[dict[str, Any]]:
     cosines = np.einsum("rd,rd->r", first[:, 0], second[:, 0])
-    yield {"metric": "cosine", **_corrected(cosines, pairs, lambda c: np.clip(c, -1, 1))}
+    yield {"metric": "cosine", **_corrected(cosines, pairs)}
     squares = principal_cosines(first, second) ** 2
     for number, draws in enumerate(squares.T, 1):
-        yield {"metric": f"principal_angle_{number}", **_corrected(draws, pairs, _degrees)}
+        yield {"metric": f"principal_angle_{number}", **_corrected_share(draws, pairs, _degrees)}
 
 
 def principal_cosines(first: Bases, second: Bases) -> Float[ndarray, "draws rank"]:
@@ -289,8 +292,8 @@ def _random_rows(rank: int, width: int, resamples: int, seed: int) -> Iterator[d
         yield {"metric": metric, "value": float(draws.mean()), "low": float(low), "high": float(high)}
 
 
-def _corrected(draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any], Any]) -> dict[str, float]:
-    """The estimate, which comes first among the draws, with an interval about what it is biased from.
+def _corrected(draws: Float[ndarray, " draws"], pairs: int) -> dict[str, float]:
+    """A cosine with an interval about what it is biased from.
 
     Resamples are off from the estimate as it is off from the truth, and spread as it does: the percentile
     interval, moved twice as far back as they are off.
@@ -298,13 +301,30 @@ def _corrected(draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any
     estimate, resampled = draws[0], draws[1:]
     low, high = expanded_interval(resampled, pairs)
     off = 2 * (resampled.mean() - estimate)
-    ends = [float(scale(end)) for end in (low - off, high - off, estimate)]
+    ends = [float(np.clip(end, -1, 1)) for end in (low - off, high - off, estimate)]
     return {"value": ends[2], "low": min(ends), "high": max(ends)}
+
+
+def _corrected_share(
+    draws: Float[ndarray, " draws"], pairs: int, scale: Callable[[Any], Any] = float
+) -> dict[str, float]:
+    """A share, from 0 to 1, with the same correction: Student's t of the bootstrap's bias and error.
+
+    On the plain scale it is too narrow in the middle and on that of log-odds near the ends, so the interval
+    holds both.
+
+    Args:
+        scale: what is made of the share, e.g. an angle of a squared cosine.
+    """
+    ends = [draws[0]]
+    for there, back in ((np.asarray, np.asarray), (special.logit, special.expit)):
+        estimate, *_ = resampled = there(draws.clip(TINY, 1 - TINY))
+        off, error = resampled[1:].mean() - estimate, resampled[1:].std(ddof=1)
+        reach = expanded_t(pairs) * error if pairs > 1 else np.inf
+        ends += [back(estimate - off - reach), back(estimate - off + reach)]
+    low, high = (scale(np.clip(end, 0, 1)) for end in (min(ends), max(ends)))
+    return {"value": float(scale(draws[0])), "low": float(min(low, high)), "high": float(max(low, high))}
 
 
 def _degrees(squared_cosines: Any) -> Any:
     return np.degrees(np.arccos(np.sqrt(np.clip(squared_cosines, 0, 1))))
-
-
-def _share(energy: Any) -> Any:
-    return np.clip(energy, 0, 1)

@@ -1,6 +1,6 @@
 """Whether the intervals hold what is planted, and the tests find nothing where nothing is: by simulation.
 
-    python tests/calibration.py --planted 100 --null 500
+    python tests/calibration.py --planted 500 --null 500 [--out figures/calibration.csv]
 
 States are drawn from known normal distributions, so that d', AUROC, gap, CKA, angles have values that follow
 from the parameters (or, where no formula is at hand, from a sample of 40,000). `planted` counts in how many
@@ -26,6 +26,7 @@ from mechguard.gap import METRICS, NULLS, Moved, together
 from mechguard.result import Result
 from mechguard.separability import OWN, STATES
 from mechguard.statistics import compare_outcomes, measure_probe, measure_silhouette, wilson_interval
+from mechguard.storage import write_text
 
 PAIRS, WIDTH = 100, 24  # as many pairs as the paper's anchors
 Check = Callable[[int], Iterator[tuple[str, bool]]]
@@ -311,12 +312,14 @@ def count(checks: list[Check], seeds: int) -> pd.DataFrame:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--planted", type=int, default=100, help="seeds of planted truths")
+    parser.add_argument("--planted", type=int, default=500, help="seeds of planted truths")
     parser.add_argument("--null", type=int, default=500, help="seeds without an effect")
     parser.add_argument("--only", default="", help="checks whose function's name holds this word")
+    parser.add_argument("--out", help="a CSV file for the tables")
     given = parser.parse_args()
-    failed = 0
-    for checks, seeds, low, high in ((PLANTED, given.planted, 0.93, 1.0), (NULL, given.null, 0.03, 0.07)):
+    failed, tables = 0, []
+    kinds = (("planted", PLANTED, given.planted, 0.93, 1.0), ("null", NULL, given.null, 0.03, 0.07))
+    for kind, checks, seeds, low, high in kinds:
         chosen = [check for check in checks if given.only in check.__name__]
         table = count(chosen, seeds)
         if table.empty or not seeds:
@@ -327,6 +330,9 @@ def main() -> int:
         failed += int((~table["within"]).sum())
         print(f"\nwanted: {low:.0%} to {high:.0%} of {seeds} seeds")
         print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
+        tables.append(table.assign(kind=kind, low=table["low"].round(4), high=table["high"].round(4)))
+    if given.out and tables:
+        write_text(given.out, pd.concat(tables).to_csv(index=False, lineterminator="\n"))
     return min(failed, 1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 import pretend
 import pytest
 
@@ -404,10 +405,10 @@ def test_save_can_share_plotly_among_the_pages_of_a_folder(tmp_path: Path):
 
 
 def test_save_makes_do_without_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*args: object, **options: object) -> bytes:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("there is no Chrome")
 
-    monkeypatch.setattr(go.Figure, "to_image", fail)
+    monkeypatch.setattr(pio, "write_images", fail)
     written = plots.save(every_figure()["gates"], tmp_path / "gates.png")
     assert written == [tmp_path / "gates.html", tmp_path / "gates.csv"]
 
@@ -417,16 +418,18 @@ def test_save_writes_pictures_on_white_without_what_only_moves_on_a_screen(
 ):
     printed = []
 
-    def draw(figure: go.Figure, kind: str, **options: object) -> bytes:
-        printed.append((kind, figure))
-        return kind.encode()
+    def draw(figures: list[go.Figure], files: list[Path], **options: object) -> None:
+        for figure, file in zip(figures, files, strict=True):
+            printed.append(figure)
+            file.write_bytes(file.suffix.encode())
 
-    monkeypatch.setattr(go.Figure, "to_image", draw)
+    monkeypatch.setattr(pio, "write_images", draw)
     figure = every_figure()["state_map"]
     written = plots.save(figure, tmp_path / "map")
     assert [path.suffix for path in written] == [".html", ".png", ".pdf", ".csv"]
-    assert (tmp_path / "map.pdf").read_bytes() == b"pdf"
-    assert all(f.layout.paper_bgcolor == "white" and not f.layout.sliders for _, f in printed)
+    assert (tmp_path / "map.pdf").read_bytes() == b".pdf"
+    assert len(printed) == 2
+    assert all(f.layout.paper_bgcolor == "white" and not f.layout.sliders for f in printed)
     assert len(figure.layout.sliders) == 1
 
 

@@ -94,7 +94,9 @@ def test_the_names_that_a_page_mentions_exist(page: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [path for path in WRITTEN if blocks(path, "python")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "page", [path for path in WRITTEN if blocks(path, "python")], ids=lambda path: path.stem
+)
 def test_the_examples_of_a_guide_run(page: Path, organism: mg.VLM, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mg, "load", lambda name: organism)

@@ -17,7 +17,7 @@ from mechguard.plots.fronts import pareto
 from mechguard.plots.gate_curves import gate_curves
 from mechguard.plots.heatmaps import sweep_heatmap
 from mechguard.plots.lines import gates, layer_sweep, modality_gap
-from mechguard.plots.pages import save
+from mechguard.plots.pages import save, save_all
 from mechguard.plots.rates import behaviour
 from mechguard.plots.responses import response_table
 from mechguard.plots.ridgelines import projection_histogram, projection_ridgeline
@@ -45,6 +45,7 @@ __all__ = [
     "projection_ridgeline",
     "response_table",
     "save",
+    "save_all",
     "shift_decomposition",
     "state_map",
     "sweep_heatmap",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from mechguard.plots.style import INK, table_behind
@@ -94,22 +96,33 @@ def save(
     Returns:
         The files that were written.
     """
-    stem = Path(path)
-    stem = stem.with_suffix("") if stem.suffix in SUFFIXES else stem
-    page = stem.with_name(stem.name + ".html")
-    if include_plotlyjs == "directory":
-        _write_script(page.parent)
-    body = draw_html(figure, name=stem.name, include_plotlyjs=include_plotlyjs)
-    content = PAGE.format(title=escape(stem.name), css=FIGURE_CSS, figure=body)
-    written = [write_text(page, content)]
-    for kind in PICTURES if pictures else ():
-        picture = draw_picture(figure, kind)
-        if picture is not None:
-            written.append(write_bytes(stem.with_name(f"{stem.name}.{kind}"), picture))
-    table = table_behind(figure)
-    if table is not None:
-        text = table.to_csv(index=False, lineterminator="\n")
-        written.append(write_text(stem.with_name(stem.name + ".csv"), text))
+    return save_all({Path(path): figure}, include_plotlyjs=include_plotlyjs, pictures=pictures)
+
+
+def save_all(
+    figures: Mapping[Path, go.Figure],
+    *,
+    include_plotlyjs: bool | str = True,
+    pictures: bool = True,
+) -> list[Path]:
+    """Write several figures, each as `save` does, with one Chromium for all their pictures.
+
+    Args:
+        figures: by path.
+    """
+    stems = {_stem(path): figure for path, figure in figures.items()}
+    drawn = draw_pictures(list(stems.values())) if pictures else [{}] * len(stems)
+    written = []
+    for (stem, figure), files in zip(stems.items(), drawn, strict=True):
+        if include_plotlyjs == "directory":
+            _write_script(stem.parent)
+        body = draw_html(figure, name=stem.name, include_plotlyjs=include_plotlyjs)
+        page = PAGE.format(title=escape(stem.name), css=FIGURE_CSS, figure=body)
+        written.append(write_text(_beside(stem, "html"), page))
+        written += [write_bytes(_beside(stem, kind), picture) for kind, picture in files.items()]
+        table = table_behind(figure)
+        if table is not None:
+            written.append(write_text(_beside(stem, "csv"), table.to_csv(index=False, lineterminator="\n")))
     return written
 
 
@@ -126,26 +139,37 @@ def draw_html(figure: go.Figure, *, name: str, include_plotlyjs: bool | str = Fa
     )
 
 
-def draw_picture(figure: go.Figure, kind: str) -> bytes | None:
-    """A figure on white, as it stands in a paper, or None where no browser can draw it.
+def draw_pictures(figures: Sequence[go.Figure], kinds: Sequence[str] = PICTURES) -> list[dict[str, bytes]]:
+    """Figures on white, as they stand in a paper: the picture by kind, none where no browser can draw it.
 
     Args:
-        kind: "png" (twice as fine as the screen), "pdf", "svg".
+        kinds: "png" (twice as fine as the screen), "pdf", "svg".
     """
     if importlib.util.find_spec("kaleido") is None:
-        return None
-    printed = go.Figure(figure).update_layout(
-        paper_bgcolor="white", plot_bgcolor="white", font_color=PRINTED
-    )
+        return [{} for _ in figures]
+    wanted = [(number, kind) for number in range(len(figures)) for kind in kinds]
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.{kind}" for number, kind in wanted]
+        printed = [_print(figures[number]) for number, _ in wanted]
+        heights = [figure.layout.height or 450 for figure in printed]
+        # No Chromium, one that does not start, or a figure that it cannot draw: those files are missing.
+        with suppress(RuntimeError, OSError, TimeoutError):
+            pio.write_images(printed, files, width=WIDTH, height=heights, scale=2)
+        drawn: list[dict[str, bytes]] = [{} for _ in figures]
+        for (number, kind), file in zip(wanted, files, strict=True):
+            if file.is_file() and file.stat().st_size:
+                drawn[number][kind] = file.read_bytes()
+    return drawn
+
+
+def _print(figure: go.Figure) -> go.Figure:
+    """A copy on white, without what only moves on a screen."""
+    printed = go.Figure(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color=PRINTED)
     printed.update_traces(cells_font_color=PRINTED, header_font_color=PRINTED, selector={"type": "table"})
     printed.update_traces(textfont_color=PRINTED, selector=_written_in_grey)
     printed.layout.sliders = printed.layout.updatemenus = ()
     printed.layout.meta, printed.frames = None, ()
-    height = figure.layout.height or 450
-    try:
-        return printed.to_image(kind, width=WIDTH, height=height, scale=2)
-    except (RuntimeError, OSError, TimeoutError):  # no Chromium, or one that does not start
-        return None
+    return printed
 
 
 def _written_in_grey(trace: Any) -> bool:
@@ -153,19 +177,12 @@ def _written_in_grey(trace: Any) -> bool:
     return trace.type == "heatmap" and trace.textfont.color == INK
 
 
-@contextmanager
-def one_browser() -> Iterator[None]:
-    """One Chromium for all pictures of a block, where kaleido is installed: starting it takes most time."""
-    if importlib.util.find_spec("kaleido") is None:
-        yield
-        return
-    import kaleido
+def _stem(stem: Path) -> Path:
+    return stem.with_suffix("") if stem.suffix in SUFFIXES else stem
 
-    kaleido.start_sync_server(silence_warnings=True)
-    try:
-        yield
-    finally:
-        kaleido.stop_sync_server(silence_warnings=True)
+
+def _beside(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}.{kind}")
 
 
 def _write_script(folder: Path) -> None:

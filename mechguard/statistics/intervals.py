@@ -61,6 +61,11 @@ def expanded_interval(draws: Float[ndarray, "*rows draws"], n: int, level: float
     return percentile_interval(draws, _expanded(n, level))
 
 
+def expanded_t(n: int, level: float = LEVEL) -> float:
+    """How many bootstrap standard errors an interval reaches to either side, of `n` clusters, 2 or more."""
+    return float(stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(n / (n - 1)))
+
+
 def reverse_interval(
     value: Float[ndarray, "*rows"], draws: Float[ndarray, "*rows draws"], n: int, level: float = LEVEL
 ) -> Bounds:
@@ -196,8 +201,7 @@ def bootstrap_rate(
 def _expanded(n: int, level: float) -> float:
     if n < 2:
         return 1.0
-    t = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(n / (n - 1))
-    return float(1 - 2 * stats.norm.cdf(-t))
+    return float(1 - 2 * stats.norm.cdf(-expanded_t(n, level)))
 
 
 def _with_score_interval(
