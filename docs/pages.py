@@ -39,6 +39,7 @@ LINKS = {
     "tests/test_walls.py": None,
 }
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what the plugin `offline` would load
+LOADS = r"""<(?:script|img|iframe|link(?![^>]*canonical))\b[^>]*\b(?:src|href)="?(?:https?:)?//[^"\s>]+"""
 ALONE = "---\nhide: [navigation]\n---\n\n"  # a page without others beside it
 TABLE_ROW = "| [`mg.{name}`][{path}] | {summary} |\n"
 
@@ -109,15 +110,14 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """The search's helper from here, not from the network; a site that loads anything from elsewhere is refused."""
-    loads = r"""<(?:script|img|iframe|link(?![^>]*rel="?canonical))\b[^>]*\b(?:src|href)="?(?:https?:)?//[^"\s>]+"""
+    """The search's helper from here; a site that loads anything from elsewhere is refused."""
     site = Path(config.site_dir)
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         up = "../" * (len(path.relative_to(site).parts) - 1)
         if SHIM in text:
             path.write_text(text := text.replace(SHIM, f"{up}assets/worker.js"), encoding="utf-8")
-        if found := re.search(loads, text):
+        if found := re.search(LOADS, text):
             raise SystemExit(f"{path} loads from elsewhere: {found[0][:200]}")
 
 
@@ -336,9 +336,9 @@ def messages() -> dict[str, list[str]]:
 
 def raised(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            if ast.unparse(node.exc.func) == "MechguardError":
-                yield re.sub(r"…+", "…", words(node.exc.args[0]))
+        error = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(error, ast.Call) and error.args and ast.unparse(error.func) == "MechguardError":
+            yield re.sub(r"…+", "…", words(error.args[0]))
 
 
 def words(node: ast.AST) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CELL_SECONDS = 1200  # more than any cell takes on the organism
+LIGHT = ":root { color-scheme: light; --ink: #1d2125; --paper: #fff; } .output { overflow-x: auto; }"
 FROM_ELSEWHERE = r'<script[^>]*\bsrc="(?:https?:)?(?://[^"]*)?"[^>]*>\s*</script>'
 
 
@@ -65,12 +66,14 @@ def draw_page(notebook: Any, name: str) -> str:
     from mechguard.plots.pages import FIGURE_CSS
 
     for cell_number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\((\d\d_\w+)\.py\)", r"(\1.html)", cell.source)
         for number, output in enumerate(cell.get("outputs", [])):
             if "application/vnd.plotly.v1+json" in output.get("data", {}):
                 output["data"] = {"text/html": draw_output(output, f"{name}-{cell_number}-{number}")}
     page, _ = HTMLExporter().from_notebook_node(notebook)
     page = re.sub(FROM_ELSEWHERE, "", page)
-    style = f"{FIGURE_CSS} :root {{ color-scheme: light; --ink: #1d2125; --paper: #ffffff; }} .output {{ overflow-x: auto; }}"
+    style = FIGURE_CSS + LIGHT
     head = f"<title>{name}</title><style>{style}</style><script>{get_plotlyjs()}</script></head>"
     return re.sub(r"<title>.*?</title>", "", page, count=1).replace("</head>", head, 1)
 
