@@ -84,7 +84,7 @@ mg.plots.state_map(mg.map_states([text, blank]))
 # grid, and one written rule that also looks at what harmless prompts lose.
 
 # %%
-few = prompts.validation.with_label("harmful")[:16] + prompts.validation.with_label("harmless")[:16]
+few = prompts.validation.first(25)
 best = mg.select_layers(separability.where(condition=blank.name), k=3)
 grid = mg.sweep(
     vlm,
