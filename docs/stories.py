@@ -11,10 +11,13 @@ import html
 import os
 import re
 import sys
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 CELL_SECONDS = 1200  # more than any cell takes on the organism
+BAR = "application/vnd.jupyter.widget-view+json"
 LIGHT = ":root { color-scheme: light; --ink: #1d2125; --paper: #fff; } .output { overflow-x: auto; }"
 FROM_ELSEWHERE = r'<script[^>]*\bsrc="(?:https?:)?(?://[^"]*)?"[^>]*>\s*</script>'
 
@@ -31,6 +34,14 @@ def run(story: Path) -> Any:
     notebook = jupytext.read(story)
     quiet = ["--IPKernelApp.log_level=ERROR"]
     NotebookClient(notebook, timeout=CELL_SECONDS, store_widget_state=False, extra_arguments=quiet).execute()
+    return without_bars(notebook)
+
+
+def without_bars(notebook: Any) -> Any:
+    """The notebook without the progress bars, which have run."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if BAR not in output.get("data", {})]
     return notebook
 
 
@@ -79,16 +90,16 @@ def draw_page(notebook: Any, name: str) -> str:
 
 
 def main(story: Path, folder: Path) -> None:
-    """Run one notebook in a folder and write it there, with its page."""
+    """Run one notebook in an empty folder, and write it and its page to `folder`."""
     import nbformat
 
-    source = story.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    os.environ |= {"PLOTLY_RENDERER": "plotly_mimetype", "TQDM_DISABLE": "1"}
-    notebook = run(source)
-    nbformat.write(notebook, f"{source.stem}.ipynb")
-    Path(f"{source.stem}.html").write_text(draw_page(notebook, source.stem), encoding="utf-8")
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    source, target = story.resolve(), folder.resolve()
+    with TemporaryDirectory() as empty, chdir(empty):
+        notebook = run(source)
+    target.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target / f"{source.stem}.ipynb")
+    (target / f"{source.stem}.html").write_text(draw_page(notebook, source.stem), encoding="utf-8")
 
 
 if __name__ == "__main__":

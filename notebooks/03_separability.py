@@ -91,7 +91,8 @@ transfer = mg.measure_transfer(states[1:], [ssd])
 mg.plots.transfer_matrix(transfer)
 
 # %%
-changes = transfer.table[transfer.table["metric"].isin(["auroc_change", "auroc_recovered"])]
+changes = transfer.where(condition=states[-1].name).table
+changes = changes[changes["metric"].isin(["auroc_change", "auroc_recovered"])]
 changes[["metric", "direction", "condition", "layer", "value", "low", "high"]].round(3)
 
 # %%
