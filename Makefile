@@ -8,8 +8,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo figures notebooks defences families look calibration test organism-check robustness audit lint \
-	bench bench-peers format clean
+STORIES := $(wildcard notebooks/*.py)
+PAGES := $(STORIES:notebooks/%.py=build/notebooks/%.html)
+CODE := $(shell find mechguard -name '*.py')
+
+.PHONY: install demo figures notebooks docs defences families look calibration test organism-check robustness audit \
+	lint bench bench-peers format clean
 
 install: $(INSTALLED)
 
@@ -24,33 +28,37 @@ demo: install
 	$(BIN)/mechguard study organism --out figures/demo
 	@echo "open figures/demo/report.html"
 
+# The gallery, figures/README.md: the demo's study with its circuits, and a picture for every family of plots.
 figures: demo
-	$(BIN)/mechguard report figures/demo --png
-	cp figures/demo/figures/behaviour.png figures/headline.png
+	$(BIN)/mechguard study organism --circuits --out figures/demo
 	cp figures/demo/results/behaviour.csv figures/headline.csv
 	cp figures/demo/results/behaviour.json figures/headline.json
-	cp figures/demo/results/sweep.csv figures/sweep.csv
-	cp figures/demo/results/sweep.json figures/sweep.json
+	cp figures/demo/results/sweep.csv figures/demo/results/sweep.json figures/
+	$(BIN)/python figures/gallery.py
 
-# About half an hour on two cores; both go on where they were interrupted.
+# About half an hour on two cores; both go on where they were interrupted. `make figures` draws their pictures.
 defences: install
 	$(BIN)/mechguard compare organism --limit-tests 100 --out runs/defences
-	cp runs/defences/defences.csv runs/defences/defences.json runs/defences/defences.png figures/
+	cp runs/defences/defences.csv runs/defences/defences.json figures/
 	$(BIN)/mechguard sweep organism --alternatives --layers "3 4 5" --alpha 2 --condition blank \
 	    --condition image --out runs/alternatives
 	cp runs/alternatives/sweep.csv figures/alternatives.csv
 	cp runs/alternatives/sweep.json figures/alternatives.json
-	cp runs/alternatives/sweep_complete_refusal.png figures/alternatives.png
 
-# Executed pages with their pictures, each self-contained: build/notebooks/*.html
-notebooks: install
-	mkdir -p build/notebooks
-	cd build/notebooks && for story in ../../notebooks/*.py; do \
-		name=$$(basename $$story .py); \
-		../../$(BIN)/jupytext --quiet --to ipynb --output $$name.ipynb $$story && \
-		TQDM_DISABLE=1 PLOTLY_RENDERER=notebook ../../$(BIN)/jupyter nbconvert --log-level=WARN --execute \
-			--to html $$name.ipynb || exit 1; \
-	done
+# Executed pages with their pictures, each self-contained: build/notebooks/*.html. `make -j2 notebooks` on two cores.
+notebooks: $(PAGES)
+
+build/notebooks/%.html: notebooks/%.py $(CODE) $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/stories.py $< build/notebooks
+
+# The site in build/site, warnings as errors. Tutorials have pictures where `make notebooks` has run.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 families: install
 	$(BIN)/python tests/families_table.py

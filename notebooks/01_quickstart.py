@@ -80,12 +80,31 @@ mg.plots.state_map(mg.map_states([text, blank]))
 # ## VLM-Guard
 #
 # Project the VLM's own component along the directions out, and put the language model's in its place, on
-# the rows whose gate is open. The control is the same guard in a random subspace.
+# the rows whose gate is open. At which layers and how strongly is for validation prompts to say: a small
+# grid, and one written rule that also looks at what harmless prompts lose.
 
 # %%
-layers = mg.select_layers(separability.where(condition=blank.name), k=3)
-guard = mg.vlm_guard(ssd, layers=layers)
+few = prompts.validation.first(25)
+best = mg.select_layers(separability.where(condition=blank.name), k=3)
+grid = mg.sweep(
+    vlm,
+    few,
+    ssd,
+    layers=[best, list(range(vlm.n_layers))],
+    alphas=[1.0, 2.0],
+    ranks=[ssd.rank],
+    variants={"vlm_guard": lambda ssd, layers, alpha: mg.vlm_guard(ssd, layers=layers, alpha=alpha)},
+    conditions=["blank"],
+)
+mg.plots.sweep_heatmap(grid, metric="complete_refusal")
+
+# %%
+chosen = mg.choose(grid)
+guard = mg.vlm_guard(ssd, layers=chosen["layers"], alpha=chosen["alpha"])
 guard
+
+# %% [markdown]
+# Now the test prompts, which took no part so far. The control is the same guard in a random subspace.
 
 # %%
 test = prompts.malicious[:40] + prompts.benign[:40]
@@ -98,5 +117,5 @@ harm[["guard", "value", "low", "high", "n"]]
 
 # %% [markdown]
 # What came out is in the table, intervals and all: read the guard's row against the row without a guard
-# *and* against the random one. The layers and the strength here are a first guess; `mechguard study
-# organism --out runs/organism` chooses them on validation prompts and writes a report.
+# *and* against the random one. `mechguard study organism --out runs/organism` does all of this with more
+# prompts, a wider grid and own pictures, and writes a report.

@@ -45,11 +45,18 @@ pictured[1]
 ssd = mg.fit_directions(mg.collect(vlm.llm, prompts.anchors))
 gaps = [mg.measure_modality_gap(llm, other, directions=ssd, split="validation") for other in pictured]
 gap = sum(gaps[1:], gaps[0])
-mg.plots.modality_gap(gap)
+measures = ["centroid_distance", "cosine_gap", "rmg", "cka", "shift_consistency", "modality_accuracy"]
+mg.plots.modality_gap(gap, metrics=measures)
 
 # %% [markdown]
-# *Safety share* is the part of the shift that lies along the safety steering direction; its grey band is
-# the share along random directions. A shift can be large and still leave that direction alone.
+# ## What the shift does to safety
+#
+# A shift can be large and still leave the safety direction alone. *Safety share* is the part of it that lies
+# along that direction; its grey band is the share along random directions. The first panel says which way:
+# down is towards harmless.
+
+# %%
+mg.plots.shift_decomposition(gap)
 
 # %%
 shares = gap.where(metric="safety_share", condition=f"{llm.name} -> vlm blank").table

@@ -29,7 +29,8 @@ test = (prompts.malicious + prompts.benign).renamed("test")
 #
 # Left: the projection on the direction fitted on the language model's text states (other prompts, other
 # words). Right: on the states' own mean difference, fitted on the other half of the pairs. If a line falls
-# on the left but not on the right, the distinction has *moved*; if it falls on both, it has *collapsed*.
+# on the left but not on the right, the distinction has *moved*; if it falls on both, it has *weakened*, or
+# *collapsed* where nothing is left.
 
 # %%
 states = [mg.collect(vlm.llm, test)]
@@ -78,11 +79,25 @@ mg.plots.layer_sweep(nothing)
 mg.plots.state_map(mg.map_states(states[1:], method="lda"))
 
 # %% [markdown]
-# ## What the table says
+# ## Moved, weakened or collapsed?
+#
+# Two lines with two bands do not answer that: the same prompts were asked throughout, so the answer is in
+# paired differences. Below 0 in *auroc_change*, a direction tells less beside the picture than in text; above
+# 0 in *auroc_recovered*, the states' own direction tells more there than the language model's. The
+# intervals hold for all layers at once, so a layer may be picked because it stands out.
 
 # %%
-auroc = separability.where(metric="auroc", direction=ssd.name).table
-by_layer = auroc.pivot_table(index="layer", columns="condition", values=["low", "high"])
-text, blank = (by_layer.xs(name, axis=1, level="condition") for name in ("vlm text", "vlm blank"))
-apart = by_layer.index[(text["low"] > blank["high"]) | (blank["low"] > text["high"])].tolist()
-print(f"layers at which the intervals with and without the blank picture are apart: {apart or 'none'}")
+transfer = mg.measure_transfer(states[1:], [ssd])
+mg.plots.transfer_matrix(transfer)
+
+# %%
+changes = transfer.where(condition=states[-1].name).table
+changes = changes[changes["metric"].isin(["auroc_change", "auroc_recovered"])]
+changes[["metric", "direction", "condition", "layer", "value", "low", "high"]].round(3)
+
+# %%
+lost = changes[(changes["metric"] == "auroc_change") & (changes["high"] < 0)]
+for direction, rows in lost.groupby("direction", sort=False):
+    print(f"{direction}: tells less beside the blank picture at layers {sorted(rows['layer'])}")
+gained = changes[(changes["metric"] == "auroc_recovered") & (changes["low"] > 0)]
+print(f"the own direction is shown to tell more there at layers {sorted(gained['layer']) or 'none'}")

@@ -43,17 +43,37 @@ text = mg.collect(vlm.llm, prompts.validation)
 mg.plots.gates(mg.measure_gates(ssd, [text, blank], split="validation"))
 
 # %% [markdown]
-# ## One part at a time
+# ## How much, and where
 #
-# *projection* alone, for every prompt; *realign* without projection; all of VLM-Guard; and all of it in a
-# random subspace of the same rank.
+# A small grid on validation prompts. Reading A supervises by the last token of the same pass; reading B by
+# the language model, at the prompt, with one state held for every token, or reading the answer along
+# (*stream*). One written rule chooses: most complete refusals among the settings that keep benign compliance.
 
 # %%
-guard = mg.vlm_guard(ssd, layers=layers)
+few = prompts.validation.with_label("harmful")[:8] + prompts.validation.with_label("harmless")[:8]
+grid = mg.sweep(vlm, few, ssd, layers=[layers[-1:], layers], alphas=[1.0, 2.0], conditions=["blank"])
+mg.plots.sweep_heatmap(grid, metric="complete_refusal")
+
+# %%
+chosen = mg.choose(grid)
+{key: chosen[key] for key in ("variant", "layers", "alpha", "rank")}
+
+# %% [markdown]
+# ## One part at a time
+#
+# On test prompts, in the setting that was chosen: *projection* alone, for every prompt; *realign* without
+# projection; all of VLM-Guard; and all of it in a random subspace of the same rank.
+
+# %%
+from dataclasses import replace
+
+from mechguard.sweeps import make_guard
+
+guard = make_guard(ssd, **{key: chosen[key] for key in ("variant", "layers", "alpha", "rank")})
 guards = [
     None,
-    mg.projection(ssd, layers=layers),
-    mg.vlm_guard(ssd, layers=layers, project=False).renamed("realign"),
+    mg.projection(ssd.truncated(guard.rank), layers=guard.layers),
+    replace(guard, move=replace(guard.move, project=0.0)).renamed("realign"),
     guard,
     guard.randomised(),
 ]
@@ -74,18 +94,3 @@ mg.plots.response_table(responses, guard="projection", condition="blank", count=
 
 # %%
 mg.plots.response_table(responses, guard="vlm_guard", condition="blank", count=5)
-
-# %% [markdown]
-# ## How much, and where
-#
-# A small grid on validation prompts. Reading A supervises by the last token of the same pass, reading B by
-# the language model. Strength and layers are for validation to choose; the test prompts above took no part.
-
-# %%
-few = prompts.validation.with_label("harmful")[:8] + prompts.validation.with_label("harmless")[:8]
-grid = mg.sweep(vlm, few, ssd, layers=[layers[-1:], layers], alphas=[1.0, 2.0], conditions=["blank"])
-mg.plots.sweep_heatmap(grid, metric="attack_success")
-
-# %%
-chosen = mg.choose(grid)
-{key: chosen[key] for key in ("variant", "layers", "alpha", "rank")}

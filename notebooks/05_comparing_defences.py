@@ -29,13 +29,14 @@ ssd = mg.fit_directions(text, rank=4)
 # %% [markdown]
 # ## A few methods with first-guess settings
 #
-# Each docstring gives the formula, the paper, and what we are unsure of: try `mg.cast?`.
+# VLM-Guard has the strength that validation chose in the [notebook before](04_guarding.py), the others have
+# strength 1. Each docstring gives the formula, the paper, and what we are unsure of: try `mg.cast?`.
 
 # %%
 validation = mg.collect(vlm, prompts.validation.with_image("blank"))
 layers = mg.select_layers(mg.measure_separability(validation, ssd, split="validation"), k=3)
 guards = [
-    mg.vlm_guard(ssd, layers=layers),
+    mg.vlm_guard(ssd, layers=layers, alpha=2.0),
     mg.activation_addition(text, layers=layers[-1:]),
     mg.inferaligner(text, layers=layers),
     mg.cast(text, layers=layers),

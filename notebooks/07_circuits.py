@@ -22,15 +22,15 @@
 import mechguard as mg
 from mechguard import circuits
 from mechguard.findings import describe_circuits
+from mechguard.study import find_study_prompts
 
-MODEL = "organism"  # or "llava-hf/llava-1.5-7b-hf", or a folder
+MODEL = "organism"  # or "llava-hf/llava-1.5-7b-hf", with MECHGUARD_DATA naming a folder of prompts
 LIMIT = 8
 vlm = mg.load(MODEL)
-anchors = mg.load_prompts("organism/anchors")
-validation = mg.load_prompts("organism/validation")
-test = mg.load_prompts("organism/malicious") + mg.load_prompts("organism/benign")
+prompts = find_study_prompts(vlm)
+validation, test = prompts.validation, prompts.test
 
-ssd = mg.fit_directions(mg.collect(vlm.llm, anchors), method="svd", rank=1)
+ssd = mg.fit_directions(mg.collect(vlm.llm, prompts.anchors), method="svd", rank=1)
 separability = mg.measure_separability(mg.collect(vlm, validation.with_image("blank")), ssd)
 layer = mg.select_layers(separability, k=1)[0]
 section = circuits.Section(vlm, ssd, layer, validation, test, limit=LIMIT)

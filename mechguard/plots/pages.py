@@ -9,18 +9,20 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from mechguard.plots.motion import set_in_motion
-from mechguard.plots.style import table_behind
+from mechguard.plots.style import INK, table_behind
 from mechguard.storage import write_bytes, write_text
 
 SCRIPT = "plotly.min.js"
 CONFIG = {"responsive": True, "displaylogo": False}
 WIDTH = 1100  # pixels of a picture
+PRINTED = "#1d2125"  # ink on white
 PICTURES = ("png", "pdf")
 SUFFIXES = {".html", ".csv", *(f".{kind}" for kind in PICTURES)}
 # A figure's own text is mid-grey, for pages that know nothing of it; our pages give it the page's ink.
@@ -167,12 +169,17 @@ def draw_pictures(figures: Sequence[go.Figure], kinds: Sequence[str] = PICTURES)
 
 def _print(figure: go.Figure) -> go.Figure:
     """A copy on white, without what only moves on a screen."""
-    printed = go.Figure(figure).update_layout(
-        paper_bgcolor="white", plot_bgcolor="white", font_color="#1d2125"
-    )
+    printed = go.Figure(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color=PRINTED)
+    printed.update_traces(cells_font_color=PRINTED, header_font_color=PRINTED, selector={"type": "table"})
+    printed.update_traces(textfont_color=PRINTED, selector=_written_in_grey)
     printed.layout.sliders = printed.layout.updatemenus = ()
     printed.layout.meta, printed.frames = None, ()
     return printed
+
+
+def _written_in_grey(trace: Any) -> bool:
+    """Whether a trace's words have the grey that pages replace by their ink."""
+    return trace.type == "heatmap" and trace.textfont.color == INK
 
 
 def _stem(stem: Path) -> Path:

@@ -68,7 +68,7 @@ def response_table(
         )
     chosen = both[:: max(1, len(both) // count)][:count]
     columns = [
-        [wrapped(str(before.at[prompt, "sent"]), width=52) for prompt in chosen],
+        [wrapped(str(before.at[prompt, "sent"]), width=46) for prompt in chosen],
         *[_cells(rows.loc[chosen]) for rows in (before, after)],
     ]
     figure = go.Figure(
