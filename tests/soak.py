@@ -46,7 +46,7 @@ def run(count: int, vlm: mg.VLM | None = None) -> dict[str, object]:
         else:
             with guards[1].attach(model, sent) as hf_model:
                 hf_model.generate(**model.encode(list(sent)), max_new_tokens=3, do_sample=False)
-        if number % max(1, count // 100) == 0:
+        if number % max(10, count // 100) == 0:
             gc.collect()
             memory.append(process.memory_info().rss)
             objects.append(len(gc.get_objects()))
