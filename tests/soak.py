@@ -35,9 +35,8 @@ def run(count: int, vlm: mg.VLM | None = None) -> dict[str, object]:
     guards = [
         mg.vlm_guard(ssd, layers=[1], gate="always", source=source) for source in ("llm-stream", "last")
     ]
-    mg.generate(
-        model, prompts[:1], max_new_tokens=1, progress=False
-    )  # nnsight's own hooks come with its view
+    # transformers puts hooks of its own into a vision tower when it is first traced, and keeps them.
+    mg.generate(model, prompts[:1].with_image("blank"), guard=guards[1], max_new_tokens=1, progress=False)
     hooks, process, memory, objects = count_hooks(model.hf_model), psutil.Process(), [], []
     for number in range(count):
         sent = prompts[number % len(prompts) :][:1].with_image("blank" if number % 4 == 0 else "none")
