@@ -481,10 +481,11 @@ def _open_picture(path: Path) -> Image:
     if not path.is_file():  # a pipe would be waited for, a device read without end
         raise PictureError(f"{path} is not a file; give a picture")
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings():
             # A few kilobytes can unpack into gigabytes; Pillow warns from 89 million pixels on.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return picture.convert("RGB")
+            with Image.open(path) as picture:
+                return picture.convert("RGB")
     except Exception as error:  # decoders raise whatever they stumble over
         raise PictureError(f"{path} cannot be read as a picture ({first_line(error)})") from None
 

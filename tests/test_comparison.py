@@ -102,7 +102,7 @@ def test_an_unknown_method_is_refused(vlm, tmp_path):
 def test_a_broken_line_is_named(vlm, compared, tmp_path):
     _, folder = compared
     (tmp_path / "cells.jsonl").write_bytes(b"{broken\n" + (folder / "cells.jsonl").read_bytes())
-    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is not readable JSON"):
+    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is damaged"):
         compare(vlm, tmp_path)
 
 

@@ -56,7 +56,7 @@ def test_a_picture_outside_of_the_prompts_folder_is_refused(tmp_path, place):
         mg.load_prompts(tmp_path / "set" / "p.jsonl")
 
 
-@pytest.mark.parametrize("name", ["organism/../../secret", "../secret", "/etc/passwd-"])
+@pytest.mark.parametrize("name", ["organism/../../secret", "../secret", "/no/such/file"])
 def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.jsonl").write_text('{"text": "x"}\n')

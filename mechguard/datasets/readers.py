@@ -91,7 +91,7 @@ def warn_of_flaws(name: str, prompts: Sequence[Prompt], *, pictures_from: str | 
             f"{len(missing)} of the {len(prompts)} prompts of {name!r} have no picture (such as "
             f"{missing[0].id!r}); pictures are looked for in {pictures_from}",
             DataWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     # Where the request is in the picture, rows without theirs all look the same.
     compared = [prompt for prompt in prompts if prompt.own_image is not None or not pictures_from]
@@ -102,7 +102,7 @@ def warn_of_flaws(name: str, prompts: Sequence[Prompt], *, pictures_from: str | 
             f"{len(repeats)} of the {len(prompts)} prompts of {name!r} repeat an earlier one (such as "
             f"{later} = {earlier}); they are kept as published",
             DataWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
