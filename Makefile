@@ -12,7 +12,8 @@ STORIES := $(wildcard notebooks/*.py)
 PAGES := $(STORIES:notebooks/%.py=build/notebooks/%.html)
 CODE := $(shell find mechguard -name '*.py')
 
-.PHONY: install demo figures notebooks docs defences families calibration test organism-check lint bench format clean
+.PHONY: install demo figures notebooks docs defences families look calibration test organism-check robustness audit \
+	lint bench bench-peers format clean
 
 install: $(INSTALLED)
 
@@ -63,15 +64,31 @@ families: install
 	$(BIN)/python tests/families_table.py
 
 test: install
-	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 organism-check: install
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -s -m slow tests/organism/test_behaviour.py
+
+# Kills, mutated files and a soak at full length: about half an hour.
+robustness: install
+	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/test_kills.py
+	$(BIN)/python tests/fuzz.py --count 10000
+	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --count 2000
+
+# Known holes in what is installed. Asks the advisory service of the Python Package Index; where that cannot be
+# reached, and for packages it does not know, the audit fails rather than pass for clean.
+audit: install
+	$(BIN)/pip-audit --strict --skip-editable --progress-spinner off
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every figure, the report and JupyterLab in a headless Chromium: screenshots in build/look, errors counted.
+look: install
+	test -f figures/demo/report.html || $(MAKE) demo
+	$(BIN)/python tests/look.py --study figures/demo --out build/look
 
 # About twenty minutes on one core.
 calibration: install
@@ -79,6 +96,13 @@ calibration: install
 
 bench: install
 	$(BIN)/python tests/bench.py --out benchmarks.json
+
+# Libraries whose pins do not go with ours, for their rows of the table: over our torch and transformers.
+bench-peers: install
+	$(BIN)/python -m venv --system-site-packages .venv-peers
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	    > $$(echo .venv-peers/lib/python*/site-packages)/ours.pth
+	.venv-peers/bin/python -m pip install --quiet --no-deps "steering-vectors==0.12.2" "repeng==0.4.0"
 
 format: install
 	$(BIN)/ruff check --fix .

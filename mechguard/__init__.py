@@ -83,9 +83,11 @@ _HOMES = {
     "compare_guards": "comparison",
     "search_guards": "searches",
     "sweep": "sweeps",
+    "sweep_first_token": "sweeps",
     "choose": "sweeps",
     "Result": "result",
     "write_report": "report",
+    "explore": "explorer",
     "run_study": "study",
     "MechguardError": "errors",
 }
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from mechguard.doctor import diagnose
     from mechguard.errors import MechguardError
     from mechguard.evaluation import evaluate
+    from mechguard.explorer import explore
     from mechguard.gap import measure_modality_gap
     from mechguard.guards import (
         Chain,
@@ -142,7 +145,7 @@ if TYPE_CHECKING:
     from mechguard.separability import measure_separability, select_layers
     from mechguard.statistics import compare_outcomes, count_prompts_needed
     from mechguard.study import run_study
-    from mechguard.sweeps import choose, sweep
+    from mechguard.sweeps import choose, sweep, sweep_first_token
     from mechguard.tracing import Response, collect, generate, predict_next_tokens, respond
     from mechguard.transfer import measure_angles, measure_transfer
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
-from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.prompts import HARMFUL, Label, Prompt, Prompts, as_label, read_row
+from mechguard.shards import StoredStates, is_store, read_store
+from mechguard.storage import check_numbers, load_tensors, parsing, save_tensors
 
 KIND = "activations"
 
@@ -26,7 +27,8 @@ class Activations:
     """Hidden states after decoder layers (the residual stream, before the final norm).
 
     Attributes:
-        data: float32 [layer, prompt, d_model].
+        data: float32 [layer, prompt, d_model]; where they were collected to disk, a `shards.StoredStates`,
+            which reads what is asked of it.
         layers: the decoder layer of each row of `data`, counted from 0.
         prompts: what was sent, in the order of `data`.
         about: model, view ("llm" or "vlm"), condition, position, fingerprint.
@@ -48,8 +50,9 @@ class Activations:
                 f"activations of shape {tuple(self.data.shape)} do not fit {wanted[0]} layers and "
                 f"{wanted[1]} prompts"
             )
-        if not torch.isfinite(self.data).all():
-            raise MechguardError("activations contain NaN or infinity; load the model in float32 or bfloat16")
+        # What lies on disk was looked at when it was collected.
+        if not isinstance(self.data, StoredStates) and not torch.isfinite(self.data).all():
+            raise MechguardError(_describe_nonfinite(self.data, self.layers, self.prompts))
 
     @classmethod
     def from_tensor(
@@ -108,7 +111,7 @@ class Activations:
     @property
     def name(self) -> str:
         """How results call these states: the view and the condition, e.g. "llm text", "vlm blank"."""
-        return " ".join(filter(None, [self.about.get("view"), self.condition]))
+        return " ".join(map(str, filter(None, [self.about.get("view"), self.condition])))
 
     def at(self, layer: int) -> Float[Tensor, "prompt d_model"]:
         """The states after one decoder layer."""
@@ -162,24 +165,37 @@ class Activations:
             "layers": self.layers,
             "name": self.prompts.name,
             "about": {**self.about, "condition": self.condition},
-            "prompts": self.prompts.to_pandas().to_dict("records"),
+            "prompts": self.prompts.to_rows(),
         }
         return save_tensors(path, KIND, {"data": self.data}, facts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Activations:
-        """Read saved activations; pictures come back as their description only."""
-        tensors, facts = load_tensors(path, KIND)
-        rows = [{**row, "own_image": row["image"]} for row in facts["prompts"]]
-        prompts = Prompts([Prompt(**row) for row in rows], name=facts["name"])
-        return cls(tensors["data"], list(facts["layers"]), prompts, facts["about"])
+    def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> Activations:
+        """Read saved activations; pictures come back as their description only.
+
+        Args:
+            path: a file of `save`, or a folder of `collect(..., out=...)`, whose states stay on disk.
+            check: of a folder, compare every shard with its checksum now; otherwise when it is first read.
+
+        Raises:
+            MechguardError: something is missing, not finished, or not what was written.
+        """
+        with parsing(path, KIND):
+            if is_store(Path(path)):
+                data, facts, rows = read_store(Path(path), check=check)
+            else:
+                tensors, facts = load_tensors(path, KIND)
+                data, rows = check_numbers(tensors["data"]), facts["prompts"]  # type: ignore[assignment]
+            prompts = Prompts(map(read_row, rows), name=str(facts["name"]))
+            layers = [int(layer) for layer in facts["layers"]]
+            return cls(data, layers, prompts, dict(facts["about"]))
 
     def __repr__(self) -> str:
         layers, prompts, width = self.data.shape
         return f"Activations({self.name!r}, layer={layers}, prompt={prompts}, d_model={width})"
 
     def _repr_html_(self) -> str:
-        norms = self.data.norm(dim=-1).mean(1).tolist()
+        norms = [float(states.norm(dim=-1).mean()) for states in self.data]
         facts = {
             "shape": "layer {} x prompt {} x d_model {}, float32".format(*self.data.shape),
             "layers": f"{self.layers[0]} to {self.layers[-1]}" if self.layers else None,
@@ -192,6 +208,20 @@ class Activations:
         preview = f"<div>mean norm by layer {line} {norms[0]:.3g} to {norms[-1]:.3g}</div>" if norms else ""
         following = ("mg.fit_directions(...)", "mg.measure_separability(...)", "mg.map_states([...])")
         return draw_card(f"Activations: {self.name}", facts, preview=preview, following=following)
+
+
+def _describe_nonfinite(
+    data: Float[Tensor, "layer prompt d_model"], layers: Sequence[int], prompts: Prompts
+) -> str:
+    """Which prompts have states that are no numbers, and from which layer on."""
+    bad = ~torch.isfinite(data).all(-1)
+    rows = bad.any(0).nonzero().flatten().tolist()
+    first = layers[int(bad.any(1).nonzero()[0])]
+    listed = ", ".join(prompts[row].id for row in rows[:20]) + (", ..." if len(rows) > 20 else "")
+    return (
+        f"activations contain NaN or infinity: {len(rows)} of {len(prompts)} prompts ({listed}), from layer "
+        f"{first} on; load the model in float32 or bfloat16, or leave these prompts out (prompts.filter)"
+    )
 
 
 def _plain(label: Any) -> Any:

@@ -21,9 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 Model = Annotated[str, typer.Argument(help="organism, a Hugging Face name, or a folder")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="no progress bars", callback=lambda quiet: _hush(quiet))
+]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="leave out prompts whose picture cannot be read")
 ]
 Data = Annotated[Path | None, typer.Option(help="folder of prompt sets; MECHGUARD_DATA by default")]
 
@@ -55,6 +59,7 @@ def study(
     circuits: Annotated[
         bool, typer.Option("--circuits", help="also which heads and MLPs write the safety direction")
     ] = False,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
     """From a model to report.html: states, separability, modality gap, guard, behaviour.
@@ -72,6 +77,7 @@ def study(
         limit=limit,
         max_new_tokens=max_new_tokens,
         circuits=circuits,
+        skip_unreadable=skip_unreadable,
         progress=not quiet,
         command=_command(),
     )
@@ -104,24 +110,47 @@ def generate(
 def collect(
     model: Model,
     prompts: Annotated[str, typer.Argument(help="a prompt file, organism/NAME, or a set in --data")],
-    out: Annotated[Path, typer.Option(help="where to save the activations")],
+    out: Annotated[Path, typer.Option(help="folder for the states; an interrupted collection goes on")],
     data: Data = None,
     image: Annotated[str, typer.Option(help="none, image, blank, grey, black, noise, ...")] = "none",
     llm: Annotated[
         bool, typer.Option("--llm", help="the language model alone, which reads the text")
     ] = False,
+    position: Annotated[str, typer.Option(help="last, last_text, image, text, all, or an index")] = "last",
+    layers: Annotated[str | None, typer.Option(help='layers, as "2 3 4"; all by default')] = None,
+    guard: Annotated[Path | None, typer.Option(help="a saved guard that acts in the same pass")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="prompts per pass; halves when memory runs out")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="prompts per file; about 64 MB by default")] = None,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hidden states of every layer at the last token of every prompt.
+    """Hidden states of every layer at one position of every prompt, streamed to disk.
 
     mechguard collect organism organism/anchors --llm --out runs/anchors
+
+    torchrun --nproc-per-node 2 -m mechguard collect organism organism/anchors --out runs/anchors
     """
     import mechguard as mg
+    from mechguard.processes import find_processes
+    from mechguard.sweeps import parse_layers
 
-    asked = mg.load_prompts(prompts, data=data).with_image(image)
+    asked = mg.load_prompts(prompts, data=data, skip_unreadable=skip_unreadable).with_image(image)
     vlm = mg.load(model)
-    activations = mg.collect(vlm.llm if llm else vlm, asked, out=out, progress=not quiet)
-    typer.echo(repr(activations))
+    activations = mg.collect(
+        vlm.llm if llm else vlm,
+        asked,
+        layers=parse_layers(layers) if layers else "all",
+        position=int(position) if position.lstrip("-").isdigit() else position,  # type: ignore[arg-type]
+        guard=mg.Guard.load(guard) if guard is not None else None,
+        batch_size=batch_size or "auto",
+        shard_size=shard_size or "auto",
+        out=out,
+        progress=not quiet,
+    )
+    if find_processes().leads:
+        typer.echo(repr(activations))
 
 
 @app.command()
@@ -193,15 +222,19 @@ def evaluate(
         list[str] | None, typer.Option(help="an image condition; may be given again")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 64,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
     """Refusals and compliances, unguarded and under saved guards.
 
+    Responses are kept beside the table, in NAME.responses.jsonl; an evaluation that was interrupted goes on.
+
     mechguard evaluate organism organism/malicious --guard runs/organism/guards/vlm_guard --out runs/table.csv
     """
     import mechguard as mg
+    from mechguard.processes import find_processes
 
-    asked = mg.load_prompts(prompts, data=data)
+    asked = mg.load_prompts(prompts, data=data, skip_unreadable=skip_unreadable)
     guards = [None, *map(mg.Guard.load, guard or [])]
     result = mg.evaluate(
         mg.load(model),
@@ -209,9 +242,11 @@ def evaluate(
         guards=guards,
         conditions=condition or None,
         max_new_tokens=max_new_tokens,
+        responses=out.with_name(f"{out.stem}.responses.jsonl"),
         progress=not quiet,
     )
-    typer.echo(str(result.save(out)))
+    if find_processes().leads:
+        typer.echo(str(result.save(out)))
 
 
 @app.command()
@@ -240,6 +275,7 @@ def compare(
         int | None, typer.Option(help="test prompts of each label and set; all by default")
     ] = None,
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
     """VLM-Guard and its neighbours on one table, each beside random directions and shuffled labels.
@@ -250,8 +286,8 @@ def compare(
     from mechguard.study import ONLY_WITH_PICTURE, find_study_prompts, find_test_sets
 
     vlm = mg.load(model)
-    prompts = find_study_prompts(vlm, data)
-    tests = {"test": prompts.test, **find_test_sets(vlm, data)}
+    prompts = find_study_prompts(vlm, data, skip_unreadable=skip_unreadable)
+    tests = {"test": prompts.test, **find_test_sets(vlm, data, skip_unreadable=skip_unreadable)}
     result = mg.compare_guards(
         vlm,
         anchors=prompts.anchors,
@@ -291,6 +327,7 @@ def protocol(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 48,
     reference: Annotated[str | None, typer.Option(help="the model that perplexities are taken under")] = None,
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
     """The paper's protocol: malicious, jailbreak, multimodal and benign prompts x conditions x guards.
@@ -320,6 +357,7 @@ def protocol(
         judges=judge or JUDGES,
         reference=None if reference is None else mg.load(reference),
         options=options,
+        skip_unreadable=skip_unreadable,
         progress=not quiet,
     )
     _print_headline(out, ["setting", "condition", "guard"])
@@ -396,6 +434,7 @@ def sweep(
         "complete_refusal"
     ),
     limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 50,
+    skip_unreadable: SkipUnreadable = False,
     quiet: Quiet = False,
 ) -> None:
     """VLM-Guard in many settings on validation prompts, and the best one by a written rule.
@@ -407,7 +446,7 @@ def sweep(
     from mechguard.sweeps import ALTERNATIVES, VARIANTS, layer_sets, parse_layers
 
     vlm = mg.load(model)
-    prompts = find_study_prompts(vlm, data)
+    prompts = find_study_prompts(vlm, data, skip_unreadable=skip_unreadable)
     ranks = rank or [1]
     text = mg.collect(vlm.llm, prompts.anchors, progress=not quiet)
     ssd = mg.fit_directions(text, rank=max(ranks))
@@ -465,12 +504,19 @@ def list_data(
 
 
 def main() -> None:
-    """Run the command line: one sentence and exit code 2 for a user's mistake."""
+    """Run the command line: one sentence and exit code 2 for a user's mistake, 130 for Ctrl-C."""
     try:
         app()
     except MechguardError as error:
         typer.echo(f"mechguard: {error}", err=True)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer has made a code of Ctrl-C by then
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        typer.echo(
+            "mechguard: interrupted; what was done is kept, and the same command goes on from there", err=True
+        )
+        sys.exit(INTERRUPTED)
 
 
 def _hush(quiet: bool) -> bool:
@@ -497,6 +543,7 @@ def _print_headline(folder: Path, index: list[str] | None = None) -> None:
 def _print_rates(table: Any, index: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     metrics = ["attack_success", "complete_refusal", "benign_compliance"]
     rows = table[table["metric"].isin(metrics)].copy()
@@ -506,7 +553,8 @@ def _print_rates(table: Any, index: list[str]) -> None:
     shown = Table(*index, *metrics, title=title)
     for names, row in wide.iterrows():
         cells = [row.get(metric) for metric in metrics]
-        shown.add_row(*map(str, names), *(cell if isinstance(cell, str) else "" for cell in cells))
+        words = [*map(str, names), *(cell if isinstance(cell, str) else "" for cell in cells)]
+        shown.add_row(*map(Text, words))  # not read for markup
     Console(width=max(Console().width, 110)).print(shown)
 
 

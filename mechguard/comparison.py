@@ -32,7 +32,7 @@ from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED, Result
 from mechguard.separability import measure_separability
 from mechguard.statistics import bootstrap_mean
-from mechguard.storage import append_line, digest, read_lines, write_json
+from mechguard.storage import append_line, digest, hold_folder, read_json, read_lines, write_json
 from mechguard.sweeps import RULE, choose, format_layers, layer_sets, parse_layers
 from mechguard.tracing import collect, predict_next_tokens
 
@@ -210,6 +210,10 @@ class Comparison:
 
     def run(self) -> Result:
         """Choose on validation, report on test; the table is also written to the folder."""
+        with hold_folder(self.out):
+            return self._run()
+
+    def _run(self) -> Result:
         self.claim()
         chosen = self.choose()
         rows = []
@@ -323,7 +327,8 @@ class Comparison:
 
     @cached_property
     def _known(self) -> dict[str, list[dict[str, Any]]]:
-        return {line["cell"]: line["rows"] for line in read_lines(self.out / "cells.jsonl")}
+        lines = read_lines(self.out / "cells.jsonl", needed=("cell", "rows"), adding=True)
+        return {line["cell"]: line["rows"] for line in lines}
 
     def claim(self) -> None:
         """Bind the folder to this model and these prompts.
@@ -345,7 +350,7 @@ class Comparison:
             "max_new_tokens": self.max_new_tokens,
         }
         place = self.out / "comparison.json"
-        if place.is_file() and json.loads(place.read_text(encoding="utf-8")) != facts:
+        if place.is_file() and read_json(place) != facts:
             raise MechguardError(
                 f"{self.out} holds another comparison (another model, prompts or settings); give another "
                 "folder"

@@ -20,9 +20,11 @@ from torch import Tensor
 from mechguard.activations import Activations
 from mechguard.cards import draw_card, draw_line
 from mechguard.errors import MechguardError
+from mechguard.moments import Layer, can_stream, fit_layer
 from mechguard.overlaps import FITTED, mark_texts
 from mechguard.prompts import HARMFUL
-from mechguard.storage import load_tensors, save_tensors
+from mechguard.shards import StoredStates
+from mechguard.storage import check_numbers, load_tensors, parsing, save_tensors
 
 KIND = "directions"
 Method = Literal["svd", "mean_difference", "pca", "lda", "logistic"]
@@ -58,8 +60,16 @@ class Directions:
             )
         if not torch.isfinite(self.data).all():
             raise MechguardError("directions contain NaN or infinity; fit them again")
-        if self.rank > self.d_model:
-            raise MechguardError(f"rank {self.rank} is above d_model {self.d_model}")
+        if not 1 <= self.rank <= self.d_model:
+            raise MechguardError(f"rank {self.rank} is not between 1 and d_model {self.d_model}")
+        centers = self.midpoints
+        if centers is not None and (
+            tuple(centers.shape) != (len(self.layers), self.d_model) or not torch.isfinite(centers).all()
+        ):
+            raise MechguardError(
+                f"midpoints of shape {tuple(centers.shape)} do not fit; wanted numbers of shape "
+                f"({len(self.layers)}, {self.d_model})"
+            )
 
     @classmethod
     def from_tensor(cls, data: Any, *, layers: Sequence[int] | None = None) -> Directions:
@@ -87,7 +97,7 @@ class Directions:
     @property
     def name(self) -> str:
         """How results call it: the method and the states it was fitted on, e.g. "svd, llm text"."""
-        return ", ".join(filter(None, [self.method, self.about.get("fitted_on")]))
+        return ", ".join(map(str, filter(None, [self.method, self.about.get("fitted_on")])))
 
     def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
         """The basis of one layer."""
@@ -104,7 +114,7 @@ class Directions:
             raise MechguardError(
                 f"directions of d_model {self.d_model} do not fit states of d_model {activations.d_model}"
             )
-        return torch.einsum("lpd,ld->lp", activations.data, basis)
+        return _along(activations.data, basis)
 
     def truncated(self, rank: int) -> Directions:
         """The first `rank` directions of every layer."""
@@ -163,13 +173,15 @@ class Directions:
     def load(cls, path: str | os.PathLike[str]) -> Directions:
         """Read saved directions."""
         tensors, facts = load_tensors(path, KIND)
-        return cls(
-            tensors["data"],
-            list(facts["layers"]),
-            facts["method"],
-            tensors.get("midpoints"),
-            facts["about"],
-        )
+        with parsing(path, KIND):
+            midpoints = tensors.get("midpoints")
+            return cls(
+                check_numbers(tensors["data"]),
+                [int(layer) for layer in facts["layers"]],
+                str(facts["method"]),
+                None if midpoints is None else check_numbers(midpoints),
+                dict(facts["about"]),
+            )
 
     def __repr__(self) -> str:
         layers, rank, width = self.data.shape
@@ -212,24 +224,42 @@ def fit_directions(activations: Activations, *, method: Method = "svd", rank: in
     """
     if method not in METHODS:
         raise MechguardError(f"method {method!r} is not known; use one of {', '.join(METHODS)}")
-    harmful, harmless, _ = activations.groups()
+    harmful, harmless, paired = activations.groups()
+    if method in PAIRED and not paired:
+        activations.prompts.pair_indices()  # refuses what has no pair
+    limit = 1
     if method in PAIRED:
-        rows, columns = activations.differences().shape[1:]
-        limit = min(rows - (method == "pca"), columns)
-    else:
-        limit = 1
+        limit = min(harmful.shape[1] - (method == "pca"), activations.d_model)
     if not 1 <= rank <= limit:
         raise MechguardError(
             f"rank {rank} does not exist for method {method!r} on these states; use 1 to {limit}"
         )
-    fit = METHODS[method]
-    bases = torch.stack([fit(bad, good, rank) for bad, good in zip(harmful, harmless, strict=True)])
-    midpoints = (harmful.mean(1) + harmless.mean(1)) / 2
-    gap = harmful.mean(1) - harmless.mean(1)
+    bases, means = _fit_layers(harmful, harmless, method, rank)
+    midpoints = (means[0] + means[1]) / 2
+    gap = means[0] - means[1]
     about = {**activations.about, "fitted_on": activations.name, "n": harmful.shape[1]}
     if marks := mark_texts(activations.prompts):  # states from elsewhere have no texts
         about[FITTED] = marks
     return Directions(_face(bases, gap), activations.layers, method, midpoints, about)
+
+
+def _fit_layers(
+    harmful: Float[Tensor, "layer a d_model"],
+    harmless: Float[Tensor, "layer b d_model"],
+    method: Method,
+    rank: int,
+) -> tuple[Float[Tensor, "layer rank d_model"], Float[Tensor, "two layer d_model"]]:
+    """Bases and the means of both labels. States on disk of more prompts than d_model are added up piece by
+    piece, except for "logistic", which needs a whole layer at once."""
+    many = min(harmful.shape[1], harmless.shape[1]) > harmful.shape[2]
+    if many and can_stream(method) and isinstance(harmful, StoredStates):
+        assert isinstance(harmless, StoredStates)
+        layers = [Layer(harmful, harmless, index) for index in range(harmful.shape[0])]
+        bases, means = zip(*(fit_layer(layer, method, rank) for layer in layers), strict=True)
+        return torch.stack(bases), torch.stack([torch.stack(both) for both in means], dim=1).float()
+    fit = METHODS[method]
+    found = torch.stack([fit(bad, good, rank) for bad, good in zip(harmful, harmless, strict=True)])
+    return found, torch.stack([harmful.mean(1), harmless.mean(1)])
 
 
 def cross_project(
@@ -263,7 +293,7 @@ def cross_project(
         good = fitted.data[:, ~half & ~is_harmful].mean(1)
         unit = torch.nn.functional.normalize(bad - good, dim=-1)
         midpoint = torch.einsum("ld,ld->l", (bad + good) / 2, unit)
-        scores = torch.einsum("lpd,ld->lp", tested.data[:, half], unit) - midpoint.unsqueeze(1)
+        scores = _along(tested.data[:, half], unit) - midpoint.unsqueeze(1)
         halves.append((half.nonzero().squeeze(1), scores))
     return halves
 
@@ -274,6 +304,16 @@ def held_out_projections(activations: Activations, *, seed: int = 0) -> Float[Te
     for rows, projections in cross_project(activations, seed=seed):
         scores[:, rows] = projections
     return scores
+
+
+def _along(
+    states: Float[Tensor, "layer prompt d_model"], vectors: Float[Tensor, "layer d_model"]
+) -> Float[Tensor, "layer prompt"]:
+    """The projection of every state on its layer's vector; of states on disk one layer is held at a time."""
+    if isinstance(states, StoredStates):
+        pairs = zip(states, vectors.unsqueeze(1), strict=True)
+        return torch.cat([torch.einsum("lpd,ld->lp", layer[None], vector) for layer, vector in pairs])
+    return torch.einsum("lpd,ld->lp", states, vectors)
 
 
 def _svd(harmful: Group, harmless: Group, rank: int) -> Float[Tensor, "rank d_model"]:

@@ -6,7 +6,6 @@ judge turns such a table into rates, then or later.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.judges import AnyJudge, Judge, Verdict, find_judge
 from mechguard.models import VLM
 from mechguard.overlaps import warn_of_fitted
+from mechguard.processes import find_processes
 from mechguard.prompts import Prompts
-from mechguard.responses import as_exchanges, gather_responses
+from mechguard.responses import as_exchanges, gather_responses, hold_store
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import bootstrap_mean, wilson_interval
-from mechguard.storage import write_text
+from mechguard.storage import read_lines, write_lines
 from mechguard.tracing import BatchSize
 
 # metric -> the column of the judged responses it averages, for each label, and for prompts with an answer
@@ -83,27 +83,31 @@ def evaluate(
         is left out.
     """
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
-    table = gather_responses(
-        model,
-        prompts,
-        guards=guards,
-        conditions=conditions,
-        teacher=teacher,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        out=responses,
-        progress=progress,
-    )
     chosen = find_judge(judge, model.folder)
-    judged = judge_responses(table, chosen)
-    if responses is not None:
-        save_responses(judged, responses)
+    processes = find_processes()
+    with hold_store(responses):
+        table = gather_responses(
+            model,
+            prompts,
+            guards=guards,
+            conditions=conditions,
+            teacher=teacher,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            out=responses,
+            progress=progress,
+        )
+        judged = judge_responses(table, chosen)
+        with processes.together():
+            if responses is not None and processes.leads:
+                save_responses(judged, responses)
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "judge": chosen.name,
         "max_new_tokens": max_new_tokens,
         "guards": [UNGUARDED if guard is None else repr(guard) for guard in guards],
+        **({"skipped": list(prompts.skipped)} if prompts.skipped else {}),
     }
     return measure_behaviour(judged, split=split, about=about)
 
@@ -167,7 +171,8 @@ def _mean(values: pd.Series) -> dict[str, Any]:
 
 
 def save_responses(judged: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write responses as JSON lines."""
+    """Write responses as JSON lines; others that the store holds stay in it."""
     rows = judged.astype(object).where(judged.notna(), None).to_dict("records")
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_text(path, "\n".join(lines) + "\n")
+    written = {row.get("key") for row in rows}
+    others = [row for row in read_lines(path) if row.get("key") not in written]
+    write_lines(path, rows + others)

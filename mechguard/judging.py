@@ -20,7 +20,7 @@ from mechguard.evaluation import VERDICT, judge_responses, measure_behaviour
 from mechguard.judges import AnyJudge, Judge, find_judge, measure_agreement, read_labels
 from mechguard.responses import read_responses
 from mechguard.result import Result
-from mechguard.storage import append_lines, file_name, read_json, read_lines, write_json
+from mechguard.storage import append_lines, file_name, hold_folder, parsing, read_json, read_lines, write_json
 
 RESPONSES, VERDICTS, NAMES = "responses.jsonl", "verdicts", "judges.json"
 JUDGED_AT_ONCE = 64  # what a killed judge loses at most
@@ -50,6 +50,17 @@ def judge_run(
     """
     root = Path(folder)
     responses = read_responses(root / RESPONSES)
+    with hold_folder(root):
+        return _judge_run(root, responses, judges, labels, progress)
+
+
+def _judge_run(
+    root: Path,
+    responses: pd.DataFrame,
+    judges: Sequence[AnyJudge],
+    labels: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Result:
     for judge in judges:
         _store_verdicts(root, responses, find_judge(judge, root), progress)
     tables = read_verdicts(root, responses)
@@ -82,7 +93,7 @@ def _store_verdicts(root: Path, responses: pd.DataFrame, judge: Judge, progress:
     if judge.name not in names:
         write_json(root / VERDICTS / NAMES, [*names, judge.name])
     place = _verdicts_of(root, judge.name)
-    known = {line["key"] for line in read_lines(place)}
+    known = {line["key"] for line in read_lines(place, needed=("key",), adding=True)}
     left = responses[~responses["key"].isin(known)]
     with tqdm(total=len(left), desc=f"judge {judge.name}", disable=not progress, leave=False) as bar:
         for start in range(0, len(left), JUDGED_AT_ONCE):
@@ -98,7 +109,7 @@ def read_verdicts(folder: str | os.PathLike[str], responses: pd.DataFrame) -> di
     root = Path(folder)
     found = {}
     for name in _judge_names(root):
-        rows = read_lines(_verdicts_of(root, name))
+        rows = read_lines(_verdicts_of(root, name), needed=("key",))
         if set(responses["key"]) <= {row["key"] for row in rows}:
             verdicts = pd.DataFrame(rows).drop_duplicates("key")
             plain = responses.drop(columns=list(VERDICT), errors="ignore")
@@ -108,7 +119,9 @@ def read_verdicts(folder: str | os.PathLike[str], responses: pd.DataFrame) -> di
 
 def _judge_names(root: Path) -> list[str]:
     place = root / VERDICTS / NAMES
-    return read_json(place) if place.is_file() else []
+    found = read_json(place) if place.is_file() else []
+    with parsing(place, "names of judges"):
+        return [str(name) for name in found]
 
 
 def _verdicts_of(root: Path, judge: str) -> Path:

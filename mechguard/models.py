@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,9 @@ from mechguard.chat import Chat
 from mechguard.checkpoints import read_model
 from mechguard.errors import MechguardError, first_line
 from mechguard.families import Parts, decoder_of, is_text_decoder, read_parts, takes_images
+from mechguard.pictures import FeatureCache
 from mechguard.prompts import Prompt, Prompts, as_prompts
+from mechguard.storage import digest
 
 FALLBACK_PICTURE_SIZE = (336, 336)
 # What processors add for training or for models of another kind; sent only where forward names it.
@@ -41,6 +43,9 @@ class VLM:
         chat: how prompts become strings.
         is_llm_view: whether this is the LLM component of a VLM; it then drops pictures from prompts.
         parent: the VLM whose language model this is.
+        remote: whether traces run on NDIF, where the weights are; "local" sends them through the same door,
+            but runs them here.
+        revision: which revision of a remote model.
     """
 
     hf_model: Any
@@ -50,6 +55,8 @@ class VLM:
     chat: Chat = field(default_factory=Chat)
     is_llm_view: bool = False
     parent: VLM | None = field(default=None, repr=False)
+    remote: bool | Literal["local"] = field(default=False, repr=False)
+    revision: str | None = field(default=None, repr=False)
 
     @cached_property
     def parts(self) -> Parts:
@@ -96,14 +103,31 @@ class VLM:
 
         if self.parent is not None and self.parent.hf_model is self.hf_model:
             return self.parent.traced
+        place: Any = self.hf_model
+        options: dict[str, Any] = {"tokenizer": self.tokenizer}
+        if self.remote:  # by its name: the weights are not here
+            place = self.name if self.folder is None else str(self.folder)
+            options["revision"] = self.revision
         if not self.takes_images:
-            return TransformersModel(self.hf_model, task="text-generation", tokenizer=self.tokenizer)
-        return TransformersModel(
-            self.hf_model,
-            task="image-text-to-text",
-            processor=self.processor,
-            tokenizer=self.tokenizer,
-        )
+            return TransformersModel(place, task="text-generation", **options)
+        return TransformersModel(place, task="image-text-to-text", processor=self.processor, **options)
+
+    @property
+    def door(self) -> dict[str, Any]:
+        """What a trace is told about where it runs."""
+        return {"remote": self.remote} if self.remote else {}
+
+    def want_weights(self, purpose: str) -> None:
+        """Refuse what needs the weights on this machine.
+
+        Raises:
+            MechguardError: the model is remote.
+        """
+        if self.remote:
+            raise MechguardError(
+                f"{purpose} needs the weights of {self.name} here; a remote model can be collected from and "
+                "asked for first-token probabilities, without a guard: load it without remote="
+            )
 
     @cached_property
     def traced_layers(self) -> list[Any]:
@@ -123,6 +147,8 @@ class VLM:
         """The LLM component: the same weights, no copy, read as a text-only model."""
         if not self.takes_images:
             return self
+        if self.remote:  # what is deployed is the VLM, which on text is its language model
+            return replace(self, is_llm_view=True, parent=self)
         return VLM(
             _text_model(self.hf_model),
             self.processor,
@@ -152,13 +178,27 @@ class VLM:
         )
 
     @cached_property
+    def picture_features(self) -> FeatureCache:
+        """The image features of pictures that were sent before."""
+        return FeatureCache()
+
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of samples of the decoder's weights: equal for a VLM and its LLM component."""
+        """A hash of samples of the decoder's weights: equal for a VLM and its LLM component.
+
+        Of a remote model, whose weights are not here, a hash of its name, revision and configuration.
+        """
+        if self.remote:
+            return digest("remote", self.name, self.revision, self.hf_model.config.to_diff_dict())
+        from accelerate.utils import align_module_device
+
         layers = self.hf_model.get_submodule(self.parts.layers)
         state = hashlib.sha256(f"{self.n_layers} {self.d_model}".encode())
-        for parameter in layers.parameters():
-            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
-            state.update(sample.to("cpu", torch.float32).numpy().tobytes())
+        for module in layers.modules():
+            with align_module_device(module):  # weights that are offloaded are there inside it
+                for parameter in module.parameters(recurse=False):
+                    sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
+                    state.update(sample.to("cpu", torch.float32).numpy().tobytes())
         return state.hexdigest()[:16]
 
     @cached_property
@@ -248,6 +288,19 @@ class VLM:
             if key not in ignored and isinstance(value, Tensor)
         }
 
+    def encode_once(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The same as `encode`, with known pictures as features where the family allows it.
+
+        See `pictures.FeatureCache`.
+        """
+        encoded = self.encode(prompts)
+        return self.picture_features.fill(self.hf_model, encoded, sum(len(one.images) for one in prompts))
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many tokens each prompt has as it is sent, a picture counted as its placeholder."""
+        texts = self.render(prompts)
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
     def image_positions(self, encoded: dict[str, Tensor]) -> Bool[Tensor, "batch pos"]:
         """Which positions of an encoded batch carry image features."""
         token = self.parts.image_token_id
@@ -288,6 +341,7 @@ class VLM:
         Raises:
             MechguardError: an unknown name.
         """
+        self.want_weights("run_with_cache")
         sent = self.prepare(as_prompts(prompts))
         encoded = self.encode(list(sent))
         has_picture = any(prompt.images for prompt in sent)
@@ -307,6 +361,15 @@ class VLM:
         from mechguard.circuits.bridge import to_transformer_lens
 
         return to_transformer_lens(self)
+
+    @cached_property
+    def last_logits(self) -> dict[str, int]:
+        """The option that asks for logits at the last position alone, where the model has it.
+
+        Over a long prompt the head costs as much as layers do.
+        """
+        wanted = inspect.signature(self.hf_model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in wanted else {}
 
     def position_ids(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions that start at 0 behind the left padding, for a model that would count the padding.

@@ -18,7 +18,14 @@ VIDEO = "video_processor"
 READING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
-def read_processor(source: str | Path, config: Any, revision: str | None, *, pictures: bool) -> Any:
+def read_processor(
+    source: str | Path,
+    config: Any,
+    revision: str | None,
+    *,
+    pictures: bool,
+    trust_remote_code: bool = False,
+) -> Any:
     """The processor (for a text-only model, the tokenizer) that lies beside a model.
 
     Args:
@@ -26,6 +33,7 @@ def read_processor(source: str | Path, config: Any, revision: str | None, *, pic
         config: the model's configuration.
         revision: branch, tag or commit on the hub.
         pictures: whether the model takes pictures.
+        trust_remote_code: whether code that lies beside the model may be run.
 
     Raises:
         MechguardError: there is none, or it cannot be read.
@@ -35,7 +43,7 @@ def read_processor(source: str | Path, config: Any, revision: str | None, *, pic
     noun = "processor" if pictures else "tokenizer"
     reader = _reader(config) if pictures else AutoTokenizer
     try:
-        found = reader.from_pretrained(source, revision=revision)
+        found = reader.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         if pictures and getattr(found, "image_processor", None) is None:
             raise ValueError("what was found there cannot read pictures")
     except READING_ERRORS as error:

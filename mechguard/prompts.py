@@ -7,18 +7,18 @@ generated one (`blank`, `noise`, ...), or the same given picture for all.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mechguard.cards import draw_card, draw_picture, draw_table
-from mechguard.errors import MechguardError
-from mechguard.storage import digest, write_text
+from mechguard.errors import MechguardError, PictureError, first_line
+from mechguard.storage import digest, encode_json, write_bytes
 from mechguard.thumbnails import SIDE, draw_thumbnail
 
 if TYPE_CHECKING:
@@ -105,12 +105,16 @@ class Prompt:
 class Prompts(Sequence[Prompt]):
     """An immutable sequence of prompts with a name.
 
-    Slices and `+` give Prompts again; `split` never separates a pair.
+    Slices and `+` give Prompts again; `split` never separates a pair. `skipped` holds the ids of prompts that
+    were left out of the set because their picture could not be read.
     """
 
-    def __init__(self, prompts: Iterable[Prompt], *, name: str = "prompts") -> None:
+    def __init__(
+        self, prompts: Iterable[Prompt], *, name: str = "prompts", left_out: Iterable[Prompt] = ()
+    ) -> None:
         self._prompts = tuple(prompts)
         self.name = name
+        self._left_out = tuple(left_out)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -118,7 +122,7 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> Prompts: ...
     def __getitem__(self, index: int | slice) -> Prompt | Prompts:
         if isinstance(index, slice):
-            return Prompts(self._prompts[index], name=self.name)
+            return self._with(self._prompts[index])
         return self._prompts[index]
 
     def __len__(self) -> int:
@@ -129,7 +133,7 @@ class Prompts(Sequence[Prompt]):
 
     def __add__(self, other: Prompts) -> Prompts:
         name = self.name if self.name == other.name else f"{self.name}+{other.name}"
-        return Prompts([*self, *other], name=name)
+        return Prompts([*self, *other], name=name, left_out=self._left_out + other._left_out)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prompts) and self._prompts == other._prompts
@@ -175,9 +179,21 @@ class Prompts(Sequence[Prompt]):
         """A hash of what is sent: texts, labels, pairs and pictures."""
         return digest([[p.id, p.text, p.label, p.pair, _describe_image(p.image)] for p in self])
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The ids of the prompts that `without_unreadable` left out."""
+        return tuple(prompt.id for prompt in self._left_out)
+
+    @property
+    def whole_fingerprint(self) -> str:
+        """A hash of what would be sent if no prompt were left out, whatever the order."""
+        everything = Prompts([*self, *self._left_out])
+        rows = [[p.id, p.text, p.label, p.pair, _describe_image(p.image)] for p in everything]
+        return digest(sorted(rows, key=str))
+
     def filter(self, keep: Callable[[Prompt], bool]) -> Prompts:
         """The prompts for which `keep` is true."""
-        return Prompts(filter(keep, self), name=self.name)
+        return self._with(filter(keep, self))
 
     def with_label(self, label: Label) -> Prompts:
         """Only the harmful or only the harmless prompts."""
@@ -191,11 +207,11 @@ class Prompts(Sequence[Prompt]):
             if left[prompt.label] > 0:
                 left[prompt.label] -= 1
                 kept.append(prompt)
-        return Prompts(kept, name=self.name)
+        return self._with(kept)
 
     def renamed(self, name: str) -> Prompts:
         """The same prompts under another name (the `setting` column of results)."""
-        return Prompts(self, name=name)
+        return Prompts(self, name=name, left_out=self._left_out)
 
     def with_image(self, condition: str | Path | Image | None) -> Prompts:
         """The same prompts under another image condition.
@@ -251,6 +267,48 @@ class Prompts(Sequence[Prompt]):
         """The exact strings that a model is sent: its chat template, with the pictures placed by it."""
         return model.render(list(self))
 
+    def find_unreadable(self) -> dict[str, str]:
+        """The prompts whose pictures, sent or own, cannot be read: what is wrong, by id.
+
+        Reads every picture file once.
+        """
+        wrong: dict[Path, str | None] = {}
+        found = {}
+        for prompt in self:
+            for path in _picture_files(prompt):
+                if path not in wrong:
+                    wrong[path] = _fault_of(path)
+                if (fault := wrong[path]) is not None:
+                    found[prompt.id] = fault
+        return found
+
+    def without_unreadable(self) -> Prompts:
+        """The prompts whose pictures can be read; whoever is paired with another goes with it.
+
+        The ids of the others are the new prompts' `skipped`, and stand in the `about` of what is measured.
+        """
+        bad = set(self.find_unreadable())
+        pairs = {prompt.pair for prompt in self if prompt.id in bad} - {None}
+        gone = [prompt for prompt in self if prompt.id in bad or prompt.pair in pairs]
+        left = {prompt.id for prompt in gone}
+        kept = [prompt for prompt in self if prompt.id not in left]
+        return Prompts(kept, name=self.name, left_out=(*self._left_out, *gone))
+
+    def check_pictures(self) -> Prompts:
+        """The same prompts, after every picture was read once.
+
+        Raises:
+            PictureError: some cannot be read; all of them are named.
+        """
+        if bad := self.find_unreadable():
+            listed = ", ".join(list(bad)[:20]) + (", ..." if len(bad) > 20 else "")
+            raise PictureError(
+                f"{next(iter(bad.values()))}; {len(bad)} of the {len(self)} prompts of {self.name!r} have an "
+                f"unreadable picture ({listed}): repair them, or leave them out with "
+                "load_prompts(..., skip_unreadable=True) or --skip-unreadable"
+            )
+        return self
+
     def thumbnails(self, *, side: int = SIDE) -> list[str | None]:
         """The first picture of every prompt as a small data URI; None without one, or if its file is gone."""
         drawn: dict[str, str | None] = {}
@@ -266,12 +324,24 @@ class Prompts(Sequence[Prompt]):
         """One row per prompt: id, text, label, pair, image, category, and answer where some have one."""
         import pandas as pd
 
-        return pd.DataFrame([_as_row(prompt) for prompt in self])
+        return pd.DataFrame(self.to_rows())
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One dictionary per prompt, with the columns of `to_pandas`."""
+        return [_as_row(prompt) for prompt in self]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON lines, one prompt a line."""
-        lines = [json.dumps(_as_row(prompt), ensure_ascii=False) for prompt in self]
-        return write_text(path, "\n".join(lines) + "\n")
+        """Write JSON lines, one prompt a line.
+
+        Pictures that lie below the file's folder are named from there, others by their whole path.
+        """
+        folder = Path(path).parent.resolve()
+        rows = [{**_as_row(prompt), "image": _named_from(folder, prompt)} for prompt in self]
+        return write_bytes(path, _as_lines(rows))
+
+    def as_lines(self) -> bytes:
+        """JSON lines, one prompt a line."""
+        return _as_lines(self.to_rows())
 
     def pair_indices(self) -> tuple[list[int], list[int]]:
         """Positions of the harmful and of the harmless prompt of every pair, aligned.
@@ -299,7 +369,11 @@ class Prompts(Sequence[Prompt]):
         return [pair[HARMFUL] for pair in ordered], [pair[HARMLESS] for pair in ordered]
 
     def _each(self, change: Callable[[Prompt], Prompt]) -> Prompts:
-        return Prompts(map(change, self), name=self.name)
+        return Prompts(map(change, self), name=self.name, left_out=map(change, self._left_out))
+
+    def _with(self, prompts: Iterable[Prompt]) -> Prompts:
+        """Other prompts that come from these."""
+        return Prompts(prompts, name=self.name, left_out=self._left_out)
 
 
 def as_prompts(prompts: Prompts | Prompt | str | Iterable[Prompt | str]) -> Prompts:
@@ -325,6 +399,10 @@ def _groups_by_kind(prompts: Prompts) -> dict[str, set[str]]:
     return kinds
 
 
+def _as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(encode_json(row) + b"\n" for row in rows)
+
+
 def _as_row(prompt: Prompt) -> dict[str, Any]:
     return {
         "id": prompt.id,
@@ -335,6 +413,30 @@ def _as_row(prompt: Prompt) -> dict[str, Any]:
         "category": prompt.category,
         **({} if prompt.answer is None else {"answer": prompt.answer}),
     }
+
+
+def read_row(row: Mapping[str, Any]) -> Prompt:
+    """A prompt from what `to_rows` gave; its pictures are their description only.
+
+    Raises:
+        MechguardError: a value is not of its kind.
+    """
+    words = {name: row.get(name) for name in ("id", "text", "pair", "category", "answer")}
+    image = row.get("image")
+    pictures = image if isinstance(image, list) else [] if image is None else [image]
+    if not all(
+        isinstance(value, str) for value in [*filter(lambda v: v is not None, words.values()), *pictures]
+    ):
+        raise MechguardError(f"a prompt holds something else than text: {str(dict(row))[:200]}")
+    held = tuple(image) if isinstance(image, list) else image
+    return Prompt(
+        id=str(words.pop("id")),
+        text=str(words.pop("text")),
+        label=as_label(row["label"]),
+        image=held,
+        own_image=held,
+        **words,
+    )
 
 
 def _describe_image(image: Picture | tuple[Picture, ...] | None) -> str | list[str] | None:
@@ -372,15 +474,53 @@ def _as_picture(image: Picture, prompt: Prompt, size: tuple[int, int]) -> Image:
 
 
 def _open_picture(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if not os.path.exists(path):  # unlike pathlib's, it answers for names that cannot be
+        raise PictureError(f"there is no picture {path}")
+    if not path.is_file():  # a pipe would be waited for, a device read without end
+        raise PictureError(f"{path} is not a file; give a picture")
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            # A few kilobytes can unpack into gigabytes; Pillow warns from 89 million pixels on.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             return picture.convert("RGB")
-    except FileNotFoundError:
-        raise MechguardError(f"there is no picture {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise MechguardError(f"{path} cannot be read as a picture ({error})") from None
+    except Exception as error:  # decoders raise whatever they stumble over
+        raise PictureError(f"{path} cannot be read as a picture ({first_line(error)})") from None
+
+
+def _picture_files(prompt: Prompt) -> list[Path]:
+    """The files among a prompt's pictures, sent or own."""
+    own = prompt.own_image
+    several = [*prompt.images, *(own if isinstance(own, (tuple, list)) else [own])]
+    return [
+        Path(image)
+        for image in several
+        if isinstance(image, Path) or (isinstance(image, str) and image not in CONDITIONS)
+    ]
+
+
+def _fault_of(path: Path) -> str | None:
+    try:
+        _open_picture(path)
+    except PictureError as error:
+        return str(error)
+    return None
+
+
+def _named_from(folder: Path, prompt: Prompt) -> str | list[str] | None:
+    """The pictures of a prompt as a file in `folder` names them."""
+
+    def named(image: Any) -> str:
+        if isinstance(image, Path) or (isinstance(image, str) and Path(image).is_file()):
+            whole = Path(image).resolve()
+            return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
+        return str(_describe_image(image))
+
+    image = prompt.image if prompt.image is not None else prompt.own_image
+    if isinstance(image, (tuple, list)):
+        return [named(one) for one in image]
+    return None if image is None else named(image)
 
 
 def _uniform(level: int) -> Callable[[Prompt, tuple[int, int]], Image]:

@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mechguard.comparison import METHODS, Comparison, Method
-from mechguard.datasets import load_from_folder
+from mechguard.datasets import load_from_folder, skip_unreadable_pictures
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import REFUSAL_OPENINGS, AnyJudge
@@ -34,7 +34,7 @@ from mechguard.prompts import Label, Prompts
 from mechguard.quality import measure_perplexity, measure_quality
 from mechguard.responses import gather_responses
 from mechguard.result import Result
-from mechguard.storage import file_name, read_json, versions, write_json
+from mechguard.storage import file_name, hold_folder, parsing, read_json, versions, write_json
 from mechguard.study import find_data_folder
 
 # A white picture is the blank one; it is answered once.
@@ -187,6 +187,10 @@ class Protocol:
 
     def run(self, judges: Sequence[AnyJudge]) -> Result:
         """Answer, judge, measure quality; the tables are written to `results/`."""
+        with hold_folder(self.out):
+            return self._run(judges)
+
+    def _run(self, judges: Sequence[AnyJudge]) -> Result:
         self._claim()
         responses = self.answer()
         table = judge_run(self.out, judges, progress=self.progress)
@@ -216,12 +220,14 @@ class Protocol:
             "reference": None if self.reference is None else self.reference.fingerprint,
             "prompts": {name: [len(prompts), prompts.fingerprint] for name, prompts in sets.items()},
             "conditions": {name: self.conditions(name) for name in self.settings},
+            "skipped": {name: list(one.skipped) for name, one in sets.items() if one.skipped},
             "missing": [name for name in SETTINGS if name not in self.settings],
             "options": {key: _as_json(value) for key, value in asdict(self.options).items()},
         }
         place = self.out / "protocol.json"
         if place.is_file():
-            found = read_json(place)
+            with parsing(place, "what a run belongs to"):
+                found = dict(read_json(place))
             if differing := [key for key in facts if found.get(key) != facts[key]]:
                 raise MechguardError(
                     f"{self.out} holds a run with another {', '.join(differing)}; give another folder"
@@ -241,6 +247,7 @@ def run_protocol(
     judges: Sequence[AnyJudge] = JUDGES,
     reference: VLM | None = None,
     options: Options | None = None,
+    skip_unreadable: bool = False,
     progress: bool = True,
 ) -> Result:
     """Run the protocol of the paper, or go on with it.
@@ -253,6 +260,7 @@ def run_protocol(
         judges: the first one's table is `results/behaviour`; see `judge_run`.
         reference: whose language model gives perplexities; the model's own by default.
         options: see `Options`.
+        skip_unreadable: leave out prompts whose picture cannot be read; protocol.json lists them.
 
     Returns:
         Rows setting x condition x guard x metric x judge.
@@ -269,7 +277,7 @@ def run_protocol(
         model,
         load_from_folder("anchors", folder),
         load_from_folder("validation", folder),
-        load_settings(folder, chosen.limit),
+        load_settings(folder, chosen.limit, skip_unreadable=skip_unreadable),
         Path(out),
         chosen,
         reference,
@@ -285,17 +293,22 @@ def default_options(model: VLM) -> Options:
     return Options()
 
 
-def load_settings(folder: Path, limit: int | None = None) -> dict[str, Prompts]:
+def load_settings(
+    folder: Path, limit: int | None = None, *, skip_unreadable: bool = False
+) -> dict[str, Prompts]:
     """The settings that a data folder has.
 
     Raises:
-        MechguardError: a needed one is missing.
+        MechguardError: a needed one is missing, or a picture cannot be read.
     """
     found = {}
     for name, setting in SETTINGS.items():
         prompts = _first_found(setting, folder)
         if prompts is not None and setting.label is not None:
             prompts = prompts.with_label(setting.label)
+        if prompts:
+            check = skip_unreadable_pictures if skip_unreadable else Prompts.check_pictures
+            prompts = check(prompts)
         if prompts:
             found[name] = prompts.first(limit).renamed(name)
         elif setting.needed:

@@ -52,7 +52,11 @@ def measure_perplexity(
         `key`, `nll` and `nll_tokens`, one row per response; NaN for an empty one.
     """
     model = reference.llm
-    known = {row["key"]: row for row in read_lines(out)} if out is not None else {}
+    known = (
+        {row["key"]: row for row in read_lines(out, needed=("key", NLL), adding=True)}
+        if out is not None
+        else {}
+    )
     rows = responses.drop_duplicates("key").to_dict("records")
     parts = {row["key"]: _tokens(model, row, with_request) for row in rows}
     order = sorted(parts, key=lambda key: sum(map(len, parts[key])))

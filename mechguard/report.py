@@ -7,7 +7,6 @@ Only the folder is read, so a report can be written again anywhere. Its sentence
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from mechguard.plots.shifts import DECOMPOSITION
 from mechguard.plots.style import metric_name
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import compare_outcomes
-from mechguard.storage import read_json, write_text
+from mechguard.storage import read_json, read_lines, write_text
 from mechguard.summary import GUARDED, Difference, headline, picture_condition, summarise
 
 CIRCUITS = (
@@ -342,13 +341,7 @@ def _flattened(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _read_responses(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MechguardError(f"{path} is not readable JSON lines ({error}); write it again") from None
+    return pd.DataFrame(read_lines(path, needed=("id", "condition", "guard", "label")))
 
 
 def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:

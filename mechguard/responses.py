@@ -7,9 +7,11 @@ batches, so that the texts are those of an uninterrupted run; judging comes late
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,29 @@ from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, Exchange, refusal_log_odds, refusal_token_ids
 from mechguard.models import VLM
+from mechguard.processes import Processes, find_processes
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED
-from mechguard.storage import append_lines, digest, read_json, read_lines, write_json
-from mechguard.tracing import BatchSize, Response, predict_next_tokens, respond_in_batches
+from mechguard.storage import (
+    append_lines,
+    digest,
+    hold_file,
+    parsing,
+    read_json,
+    read_lines,
+    write_json,
+    write_lines,
+)
+from mechguard.tracing import (
+    BatchSize,
+    Response,
+    plan_batches,
+    predict_next_tokens,
+    respond_in_batches,
+)
 
 KL = "kl_first_token"
+COUNT = "responses"  # in a store's claim: how many it held when an evaluation ended
 
 
 def gather_responses(
@@ -51,6 +70,7 @@ def gather_responses(
             (`kl_first_token`, nats). Costs two more passes over each prompt.
         refusal_openings: words that refusals begin with; see `judges.RefusalOdds`.
         out: a file of JSON lines to which each finished batch is added, and from which known rows are taken.
+            Several processes (`torchrun`) share the batches, with or without a file.
 
     Returns:
         Columns `key` (unique), `setting`, `condition`, `guard`, `id`, `label`, `pair`, `category`, `request`
@@ -60,19 +80,49 @@ def gather_responses(
 
     Raises:
         MechguardError: two guards have one name, or `out` holds responses of another model, of other
-            prompts, or of another guard of the same name.
+            prompts, or of another guard of the same name, is damaged, or another process adds to it.
     """
+    with hold_store(out):
+        return _gather(
+            model,
+            prompts,
+            guards,
+            default_conditions(model, prompts) if conditions is None else list(conditions),
+            None if out is None else Path(out),
+            refusal_token_ids(model.tokenizer, refusal_openings) if first_token else None,
+            teacher=teacher,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+def _gather(
+    model: VLM,
+    prompts: Prompts,
+    guards: Sequence[AnyGuard | None],
+    words: list[str],
+    out: Path | None,
+    odds: Sequence[int] | None,
+    *,
+    teacher: VLM | None,
+    max_new_tokens: int,
+    batch_size: BatchSize,
+    progress: bool,
+) -> pd.DataFrame:
     named = {UNGUARDED if guard is None else guard.name: guard for guard in guards}
     if len(named) != len(guards):
         names = [UNGUARDED if guard is None else guard.name for guard in guards]
         raise MechguardError(f"guards must have different names, found {names}; use guard.renamed(...)")
-    words = default_conditions(model, prompts) if conditions is None else list(conditions)
     sent = {condition: prompts.with_image(condition) for condition in words}
     known: dict[str, dict[str, Any]] = {}
+    processes = find_processes()
     if out is not None:
-        _claim(Path(out), model, sent, prompts.name, named, max_new_tokens)
-        known = {row["key"]: row for row in read_lines(out)}
-    odds = refusal_token_ids(model.tokenizer, refusal_openings) if first_token else []
+        with processes.together():
+            if processes.leads:
+                _claim(out, model, sent, prompts.name, named, max_new_tokens)
+        with processes.together():  # all have read before any of them adds to it
+            known = {row["key"]: row for file in _files(out) for row in _read_stored(file)}
     # All conditions in one call: the fewer batches, the fewer steps.
     everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
     where = [condition for condition, batch in sent.items() for _ in batch]
@@ -82,7 +132,10 @@ def gather_responses(
         ]
         for name in named
     }
-    for name, guard in named.items():
+    plan = plan_batches(model, everything, batch_size)
+    foreign = {row for number, rows in enumerate(plan) if not processes.owns(number) for row in rows}
+
+    def answer(name: str, guard: AnyGuard | None) -> Iterator[list[dict[str, Any]]]:
         rendered = model.render(everything if guard is None else guard.wrap(everything))
         batches = respond_in_batches(
             model,
@@ -91,12 +144,14 @@ def gather_responses(
             teacher=teacher,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            known={row for row, key in enumerate(keys[name]) if key in known},
-            progress=progress,
+            known={row for row, key in enumerate(keys[name]) if key in known} | foreign,
+            progress=progress and processes.leads,
         )
         for rows, responses, seconds in _timed(batches):
-            measured = _first_tokens(model, everything, rows, guard, teacher, odds) if first_token else {}
-            new = [
+            measured = (
+                _first_tokens(model, everything, rows, guard, teacher, odds) if odds is not None else {}
+            )
+            yield [
                 {
                     "key": keys[name][row],
                     "setting": prompts.name,
@@ -107,10 +162,20 @@ def gather_responses(
                     **{column: values[place] for column, values in measured.items()},
                 }
                 for place, (row, response) in enumerate(zip(rows, responses, strict=True))
+                if keys[name][row] not in known
             ]
-            if out is not None:
-                append_lines(out, [row for row in new if row["key"] not in known])
-            known.update((row["key"], row) for row in new if row["key"] not in known)
+
+    with processes.together():
+        for name, guard in named.items():
+            for new in answer(name, guard):
+                if out is not None:
+                    append_lines(_own_file(out, processes), new)
+                known.update((row["key"], row) for row in new)
+    known = {row["key"]: row for row in processes.gather(list(known.values()))}
+    with processes.together():
+        if out is not None and processes.leads:
+            _merge(out, known, [keys[name][row] for name in named for rows in plan for row in rows])
+            _count(out, len(known))
     order = [
         keys[name][row]
         for condition in words
@@ -121,16 +186,39 @@ def gather_responses(
     return pd.DataFrame([known[key] for key in order])
 
 
+@contextmanager
+def hold_store(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Keep other runs from a store of responses; of a launcher's processes the first holds it for all.
+
+    Raises:
+        MechguardError: another process adds to it.
+    """
+    processes = find_processes()
+    with ExitStack() as held:
+        with processes.together():
+            if processes.leads:
+                held.enter_context(hold_file(path))
+        yield
+
+
 def read_responses(path: str | os.PathLike[str]) -> pd.DataFrame:
     """The responses of a store, in its order.
 
     Raises:
-        MechguardError: there is no such file, it holds none, or a line is broken.
+        MechguardError: there is no such file, it holds none, a line is broken, or some are gone.
     """
-    rows = {row["key"]: row for row in read_lines(path)}
+    with parsing(path, "responses"):
+        rows = {str(row["key"]): row for row in read_lines(path, needed=("key", "response"))}
+        table = pd.DataFrame(list(rows.values()))
     if not rows:
         raise MechguardError(f"there are no responses in {path}; give the store of an evaluation")
-    return pd.DataFrame(list(rows.values()))
+    claim = _read_claim(Path(path))
+    if len(rows) < claim.get(COUNT, 0):
+        raise MechguardError(
+            f"{path} holds {len(rows)} of the {claim[COUNT]} responses that were stored: it was cut; run the "
+            "same evaluation again, which answers the others"
+        )
+    return table
 
 
 def as_exchanges(responses: pd.DataFrame) -> list[Exchange]:
@@ -153,6 +241,32 @@ def default_conditions(model: VLM, prompts: Prompts) -> list[str]:
 def make_key(setting: str, condition: str, guard: str, prompt: str) -> str:
     """The key of one response; says nothing to a reader."""
     return digest(setting, condition, guard, prompt)
+
+
+def _own_file(path: Path, processes: Processes) -> Path:
+    """Where this process adds its responses; those of others than the first join the store at the end."""
+    return path if processes.leads else path.with_suffix(f".rank{processes.rank}.jsonl")
+
+
+def _files(path: Path) -> list[Path]:
+    """A store, and what other processes of an interrupted run have added beside it."""
+    return [path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))]
+
+
+def _merge(path: Path, known: dict[str, dict[str, Any]], order: list[str]) -> None:
+    """Write the responses of all processes as one would have, and take their parts away."""
+    parts = _files(path)[1:]
+    if not parts:
+        return
+    mine = set(order)
+    rows = [row for row in _read_stored(path) if row["key"] not in mine] + [known[key] for key in order]
+    write_lines(path, rows)
+    for part in parts:
+        part.unlink()
+
+
+def _read_stored(path: Path) -> list[dict[str, Any]]:
+    return read_lines(path, needed=("key", "response"), adding=True)
 
 
 def _facts(
@@ -223,13 +337,13 @@ def _claim(
 ) -> None:
     """Say what the store belongs to, or refuse one that belongs to something else."""
     place = path.with_suffix(".json")
-    known: dict[str, Any] = read_json(place) if place.is_file() else {}
+    known = _read_claim(path)
     if not known and path.is_file():
         raise MechguardError(f"{path} is there without its {place.name}; give another file, or remove it")
     wanted: dict[str, Any] = {
         "model": {"fingerprint": model.fingerprint},
         "settings": {"max_new_tokens": max_new_tokens},
-        "prompts": {f"{setting}, {condition}": batch.fingerprint for condition, batch in sent.items()},
+        "prompts": {f"{setting}, {condition}": batch.whole_fingerprint for condition, batch in sent.items()},
         "guards": {name: None if guard is None else guard.fingerprint for name, guard in guards.items()},
     }
     for part, facts in wanted.items():
@@ -238,6 +352,23 @@ def _claim(
                 raise MechguardError(
                     f"{path} holds responses with another {name!r} (in its {part}); give another file"
                 )
-    merged = {part: {**known.get(part, {}), **facts} for part, facts in wanted.items()}
+    merged = {**known, **{part: {**known.get(part, {}), **facts} for part, facts in wanted.items()}}
     if merged != known:
         write_json(place, merged)
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    """What a store says of itself; nothing where it was not written here."""
+    place = path.with_suffix(".json")
+    if not place.is_file():
+        return {}
+    found = read_json(place)
+    with parsing(place, "what a store of responses belongs to"):
+        return {name: int(part) if name == COUNT else dict(part) for name, part in found.items()}
+
+
+def _count(path: Path, count: int) -> None:
+    """Note how many responses a store holds, so that one that is cut later is found."""
+    claim = _read_claim(path)
+    if claim.get(COUNT) != count:
+        write_json(path.with_suffix(".json"), {**claim, COUNT: count})

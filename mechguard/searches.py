@@ -15,6 +15,7 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.models import VLM
 from mechguard.prompts import Prompts
 from mechguard.result import Result
+from mechguard.storage import digest, hold_file
 from mechguard.tracing import predict_next_tokens
 
 OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
@@ -53,7 +54,8 @@ def search_guards(
         harmless prompts) at once.
 
     Raises:
-        MechguardError: Optuna is not installed, or prompts of one kind are missing.
+        MechguardError: Optuna is not installed, prompts of one kind are missing, or `out` holds another
+            search or is at work in another process.
     """
     try:
         import optuna
@@ -62,24 +64,34 @@ def search_guards(
     if set(prompts.labels) != {"harmful", "harmless"}:
         raise MechguardError("a search needs harmful and harmless prompts to trade between")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = None if out is None else _storage(Path(out))
-    study = optuna.create_study(
-        study_name="guards",
-        storage=storage,
-        load_if_exists=True,
-        directions=list(OBJECTIVES.values()),
-        sampler=optuna.samplers.TPESampler(seed=seed),
+    bound = digest(
+        model.fingerprint, prompts.fingerprint, dict(space), list(conditions), max_new_tokens, seed
     )
+    with hold_file(out):
+        storage = None if out is None else _storage(Path(out))
+        study = optuna.create_study(
+            study_name="guards",
+            storage=storage,
+            load_if_exists=True,
+            directions=list(OBJECTIVES.values()),
+            sampler=optuna.samplers.TPESampler(seed=seed),
+        )
 
-    def objective(trial: Any) -> tuple[float, ...]:
-        guard = make(**{name: _suggest(trial, name, choices) for name, choices in space.items()})
-        found = _measure(model, prompts, guard, conditions, max_new_tokens)
-        return tuple(found[metric] for metric in OBJECTIVES)
+        if study.user_attrs.get("bound", bound) != bound:
+            raise MechguardError(
+                f"{out} holds a search with another model, prompts, space or settings; give another file"
+            )
+        study.set_user_attr("bound", bound)
 
-    left = trials - len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-    if left > 0:
-        study.optimize(objective, n_trials=left, show_progress_bar=progress)
-    return _as_result(study, model, len(prompts))
+        def objective(trial: Any) -> tuple[float, ...]:
+            guard = make(**{name: _suggest(trial, name, choices) for name, choices in space.items()})
+            found = _measure(model, prompts, guard, conditions, max_new_tokens)
+            return tuple(found[metric] for metric in OBJECTIVES)
+
+        left = trials - len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        if left > 0:
+            study.optimize(objective, n_trials=left, show_progress_bar=progress)
+        return _as_result(study, model, len(prompts))
 
 
 def _suggest(trial: Any, name: str, choices: Any) -> Any:

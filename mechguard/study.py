@@ -23,7 +23,12 @@ from tqdm.auto import tqdm
 
 from mechguard.activations import Activations
 from mechguard.circuits.section import Section
-from mechguard.datasets import describe_source, load_from_folder, packaged_folder
+from mechguard.datasets import (
+    describe_source,
+    load_from_folder,
+    packaged_folder,
+    skip_unreadable_pictures,
+)
 from mechguard.directions import Directions, fit_directions
 from mechguard.errors import MechguardError
 from mechguard.evaluation import evaluate
@@ -39,7 +44,7 @@ from mechguard.report import write_figures, write_report
 from mechguard.responses import default_conditions
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
-from mechguard.storage import read_json, versions, write_json
+from mechguard.storage import hold_folder, parsing, read_json, versions, write_json
 from mechguard.sweeps import SETTING, VARIANTS, choose, layer_sets, make_guard, sweep
 from mechguard.tracing import collect
 from mechguard.transfer import measure_angles, measure_transfer
@@ -341,6 +346,7 @@ class Study:
             "conditions": self.conditions,
             "chosen": {**chosen, "source": guard.source, "phase": guard.scope.phase},
             "prompts": {role: len(getattr(self.prompts, role)) for role in ROLES},
+            "skipped": {role: list(getattr(self.prompts, role).skipped) for role in ROLES},
             "sources": self.sources,
             "settings": asdict(self.settings),
             "seed": self.settings.seed,
@@ -370,6 +376,7 @@ def run_study(
     limit: int | None = None,
     max_new_tokens: int = 48,
     circuits: bool = False,
+    skip_unreadable: bool = False,
     progress: bool = True,
     command: str | None = None,
 ) -> Path:
@@ -383,6 +390,7 @@ def run_study(
         max_rank: the most safety steering directions per layer that are tried.
         limit: at most so many prompts (pairs, for paired sets) of each set; all by default.
         circuits: also find which components write the safety direction; adds a section to the report.
+        skip_unreadable: leave out prompts whose picture cannot be read; study.json lists them.
         command: what the report should print as the way to reproduce it.
 
     Returns:
@@ -401,15 +409,15 @@ def run_study(
         raise MechguardError(
             f"{vlm.name} takes no pictures, so there is nothing for circuits to compare text with"
         )
-    prompts = load_study_prompts(find_data_folder(vlm, data), limit)
+    prompts = load_study_prompts(find_data_folder(vlm, data), limit, skip_unreadable=skip_unreadable)
     prompts.anchors.pair_indices()  # refuses anchors without pairs before anything is written
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
-    _claim(folder, vlm, prompts, settings)
-    warn_of_shared(prompts.kept_apart)
     sources = {role: describe_source(role, find_data_folder(vlm, data)) for role in ROLES}
     study = Study(vlm, prompts, settings, folder, progress, circuits, sources)
-    with warnings.catch_warnings():
+    with hold_folder(folder), warnings.catch_warnings():
+        _claim(folder, vlm, prompts, settings)
+        warn_of_shared(prompts.kept_apart)
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
         flag = " --circuits" if circuits else ""
         said = command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}{flag}"
@@ -424,13 +432,18 @@ def _check_settings(*, max_rank: int, max_new_tokens: int, limit: int | None) ->
             raise MechguardError(f"{name}={value} is too small for a study; use {least[name]} or more")
 
 
-def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
+def load_study_prompts(
+    folder: Path, limit: int | None = None, *, skip_unreadable: bool = False
+) -> StudyPrompts:
     """The four sets of a study from a folder.
 
     Raises:
-        MechguardError: a set is missing, or holds only one label where both are needed.
+        MechguardError: a set is missing, or holds only one label where both are needed, or a picture cannot
+            be read.
     """
-    found = {role: load_from_folder(role, folder).first(limit) for role in ROLES}
+    found = {role: load_from_folder(role, folder) for role in ROLES}
+    check = skip_unreadable_pictures if skip_unreadable else Prompts.check_pictures
+    found = {role: check(prompts).first(limit) for role, prompts in found.items()}
     for role, label in (("malicious", "harmful"), ("benign", "harmless")):
         wrong = sum(prompt.label != label for prompt in found[role])
         if wrong:
@@ -447,23 +460,30 @@ def load_study_prompts(folder: Path, limit: int | None = None) -> StudyPrompts:
 
 
 def find_study_prompts(
-    vlm: VLM, data: str | os.PathLike[str] | None = None, limit: int | None = None
+    vlm: VLM,
+    data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    *,
+    skip_unreadable: bool = False,
 ) -> StudyPrompts:
     """The sets of a study: those of the folder, of MECHGUARD_DATA, or the organism's own.
 
     Raises:
         MechguardError: no folder, or a set is missing or not what its role wants.
     """
-    return load_study_prompts(find_data_folder(vlm, data), limit)
+    return load_study_prompts(find_data_folder(vlm, data), limit, skip_unreadable=skip_unreadable)
 
 
-def find_test_sets(vlm: VLM, data: str | os.PathLike[str] | None = None) -> dict[str, Prompts]:
+def find_test_sets(
+    vlm: VLM, data: str | os.PathLike[str] | None = None, *, skip_unreadable: bool = False
+) -> dict[str, Prompts]:
     """The test sets beside those of a study, where there are some: jailbreak, typographic, questions."""
     found = {}
     for role, names in TEST_SETS.items():
         for name in names:
             with contextlib.suppress(MechguardError):
-                found[role] = load_from_folder(name, find_data_folder(vlm, data)).renamed(role)
+                prompts = load_from_folder(name, find_data_folder(vlm, data)).renamed(role)
+                found[role] = skip_unreadable_pictures(prompts) if skip_unreadable else prompts
                 break
     return found
 
@@ -501,7 +521,8 @@ def _claim(folder: Path, vlm: VLM, prompts: StudyPrompts, settings: Settings) ->
     }
     file = folder / "settings.json"
     if file.is_file():
-        found = read_json(file)
+        with parsing(file, "what a study belongs to"):
+            found = dict(read_json(file))
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             raise MechguardError(

@@ -11,6 +11,8 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
 from tqdm.auto import tqdm
 
 from mechguard.directions import Directions
@@ -19,14 +21,19 @@ from mechguard.evaluation import evaluate
 from mechguard.guards import Guard, Scope, Source, vlm_guard
 from mechguard.guards.gates import Word
 from mechguard.guards.steering import AnyGuard
-from mechguard.judges import AnyJudge
+from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, AnyJudge, refusal_log_odds, refusal_token_ids
 from mechguard.models import VLM
+from mechguard.prefixes import sharing_prompts
 from mechguard.prompts import Prompts
+from mechguard.responses import default_conditions
 from mechguard.result import UNGUARDED, Result
 from mechguard.separability import select_layers
-from mechguard.storage import append_line, digest, read_lines
+from mechguard.statistics import bootstrap_mean
+from mechguard.storage import append_line, digest, hold_file, read_lines
+from mechguard.tracing import BatchSize, score_next_tokens
 
 SETTING = ("variant", "layers", "alpha", "rank")
+FIRST_TOKEN = {"harmful": LOG_ODDS, "harmless": f"benign_{LOG_ODDS}"}
 TOLERANCE = 0.05
 RULE = (
     "among the settings whose mean benign compliance is at most 0.05 below the unguarded model's, the one "
@@ -113,20 +120,81 @@ def sweep(
     asked: dict[str, Any] = {"conditions": conditions, "max_new_tokens": max_new_tokens, "split": split}
     fitted = sha256(directions.data.numpy().tobytes()).hexdigest()
     bound = (model.fingerprint, prompts.fingerprint, fitted, repr(judge), asked)
-    known = {} if out is None else {line["cell"]: line for line in read_lines(out)}
     tables = []
     about: dict[str, Any] = {}
-    for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
-        mark = digest(*bound, facts)
-        if mark not in known:
-            result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
-            rows = json.loads(result.table.to_json(orient="records"))
-            known[mark] = {"cell": mark, "about": result.about, "rows": rows}
-            if out is not None:
-                append_line(out, known[mark])
-        tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
-        about = known[mark]["about"]
+    with hold_file(out), sharing_prompts(model):
+        lines = [] if out is None else read_lines(out, needed=("cell", "about", "rows"), adding=True)
+        known = {line["cell"]: line for line in lines}
+        for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
+            mark = digest(*bound, facts)
+            if mark not in known:
+                result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
+                rows = json.loads(result.table.to_json(orient="records"))
+                known[mark] = {"cell": mark, "about": result.about, "rows": rows}
+                if out is not None:
+                    append_line(out, known[mark])
+            tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
+            about = known[mark]["about"]
     return Result(pd.concat(tables, ignore_index=True), {**about, "rule": RULE})
+
+
+def sweep_first_token(
+    model: VLM,
+    prompts: Prompts,
+    directions: Directions,
+    *,
+    layers: Sequence[Sequence[int]],
+    alphas: Sequence[float] = (-1.0, 1.0, 2.0),
+    ranks: Sequence[int] = (1,),
+    variants: Mapping[str, Variant | Make] | None = None,
+    scopes: Sequence[Scope] = (),
+    conditions: Sequence[str] | None = None,
+    refusal_openings: Sequence[str] = REFUSAL_OPENINGS,
+    batch_size: BatchSize = "auto",
+    split: str = "validation",
+    progress: bool = True,
+) -> Result:
+    """How strongly the answer's first token refuses in every setting, without generating.
+
+    What the settings share is computed once (see `prefixes`): a setting costs the layers above its first one,
+    and of these the last token alone where its scope is the last position.
+
+    See `sweep` for the other arguments.
+
+    Returns:
+        Rows condition x setting x metric: `refusal_log_odds` of harmful and `benign_refusal_log_odds` of
+        harmless prompts, the mean log-odds (nats) that the answer begins as a refusal, with a bootstrap 95%
+        interval over prompts; and the columns of `sweep`.
+
+    Raises:
+        MechguardError: a guard that does not fit or that changes prompts, or openings that are no tokens.
+    """
+    tried = _scoped(VARIANTS if variants is None else variants, scopes)
+    cells = list(_cells(directions, layers, alphas, ranks, tried))
+    openings = refusal_token_ids(model.tokenizer, refusal_openings)
+    rows: list[dict[str, Any]] = []
+    for condition in default_conditions(model, prompts) if conditions is None else conditions:
+        scores = score_next_tokens(
+            model,
+            prompts.with_image(condition),
+            [guard for _, guard in cells],
+            lambda log_probabilities: refusal_log_odds(log_probabilities, openings),
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for (facts, guard), values in zip(cells, scores.numpy(), strict=True):
+            name = UNGUARDED if guard is None else guard.name
+            where = {"setting": prompts.name, "condition": condition, "guard": name, **facts, "split": split}
+            rows += [{**where, **row} for row in _mean_scores(values, prompts.labels)]
+    return Result.from_rows(rows, model=model.name, fingerprint=model.fingerprint)
+
+
+def _mean_scores(values: Float[ndarray, " prompt"], labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for label, metric in FIRST_TOKEN.items():
+        own = values[[found == label for found in labels]]
+        if len(own):
+            low, high = bootstrap_mean(own, seed=0)
+            yield {"metric": metric, "value": float(own.mean()), "low": low, "high": high, "n": len(own)}
 
 
 def choose(result: Result, *, objective: str = "complete_refusal") -> dict[str, Any]:

@@ -6,11 +6,13 @@ length, so that little padding is computed, and come back in their own order.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,12 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechguard.activations import Activations
-from mechguard.errors import MechguardError
+from mechguard.errors import MechguardError, PictureError, first_line
 from mechguard.guards import Guard
-from mechguard.guards.steering import AnyGuard, Steering
+from mechguard.guards.steering import AnyGuard, States, Steering
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
+from mechguard.prefixes import Prefix, continues, only_last, read_prefix, shared_prompts
+from mechguard.processes import find_processes
 from mechguard.prompts import Prompt, Prompts, as_prompts
+from mechguard.shards import Store, hash_texts, shard_size_for
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
 # models are bound by the cost of a step, large ones by memory.
@@ -66,6 +71,7 @@ def collect(
     teacher: VLM | None = None,
     batch_size: BatchSize = "auto",
     out: str | os.PathLike[str] | None = None,
+    shard_size: int | Literal["auto"] = "auto",
     progress: bool = True,
 ) -> Activations:
     """Read the hidden state after every decoder layer at one position of every prompt.
@@ -82,26 +88,35 @@ def collect(
         guard: acts in the same pass, at the prompt; states are read after it.
         teacher: who supervises the guard; the model's own LLM component by default.
         batch_size: "auto" halves on out-of-memory.
-        out: also save the activations there.
+        out: a folder. The states go there shard by shard and stay there (see `shards`): memory does not grow
+            with the number of prompts. The same call again goes on where it was interrupted, and several
+            processes (`torchrun`) share the shards.
+        shard_size: prompts in a shard of `out`; "auto" takes about 64 MB.
 
     Returns:
-        float32 [layer, prompt, d_model], on the CPU.
+        float32 [layer, prompt, d_model], on the CPU, or in `out`.
 
     Raises:
-        MechguardError: no prompts, a layer outside the model, pictures for a text-only model.
+        MechguardError: no prompts, a layer outside the model, pictures for a text-only model; a folder
+            `out` that another process is filling, that holds states of something else, or a damaged file.
     """
     sent = _ready(model, prompts, guard)
     chosen = _layer_numbers(model, layers)
     teacher = teacher or model.llm
-    data = torch.empty(len(chosen), len(sent), model.d_model)
+    processes = find_processes()
 
-    def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
-        batch = [sent[row] for row in rows]
-        return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
+    def read(some: Prompts, label: str) -> Float[Tensor, "layer prompt d_model"]:
+        def work(rows: list[int]) -> Float[Tensor, "layer batch d_model"]:
+            batch = [some[row] for row in rows]
+            return _trace_states(model, batch, chosen, position, _steering_parts(guard), teacher)
+
+        data = torch.empty(len(chosen), len(some), model.d_model)
+        shown = progress and processes.leads
+        for rows, states in _in_batches(work, model, some, batch_size, label, shown):
+            data[:, rows] = states.to("cpu", torch.float32)
+        return data
 
     label = f"collect {model.view} {sent.condition}"
-    for rows, states in _in_batches(work, sent, model.d_model, batch_size, label, progress):
-        data[:, rows] = states.to("cpu", torch.float32)
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -110,11 +125,26 @@ def collect(
         "position": name_of(position),
         "guard": "none" if guard is None else guard.name,
         "prompts": sent.fingerprint,
+        **({"skipped": list(sent.skipped)} if sent.skipped else {}),
     }
-    activations = Activations(data, chosen, sent, about)
-    if out is not None:
-        activations.save(out)
-    return activations
+    if out is None:
+        return Activations(read(sent, label), chosen, sent, about)
+    store = Store(
+        Path(out),
+        identity=_identity(model, sent, chosen, position, guard, teacher),
+        facts={"layers": chosen, "name": sent.name, "about": about},
+        prompts=sent.as_lines(),
+        shape=(len(chosen), len(sent), model.d_model),
+        size=_shard_size(shard_size, len(chosen), model.d_model),
+        processes=processes,
+    )
+
+    def read_shard(number: int, span: range) -> Float[Tensor, "layer prompt d_model"]:
+        some = sent[span.start : span.stop]
+        states = read(some, f"{label}, shard {number + 1} of {len(store.spans)}")
+        return Activations(states, chosen, some, about).data  # looked at before it is written
+
+    return Activations(store.fill(read_shard), chosen, sent, about)
 
 
 def predict_next_tokens(
@@ -135,12 +165,52 @@ def predict_next_tokens(
 
     def work(rows: list[int]) -> Float[Tensor, "batch vocabulary"]:
         batch = [sent[row] for row in rows]
-        return _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+        logits = _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
+        _check_numbers(logits, batch)
+        return logits
 
     label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
-    for rows, logits in _in_batches(work, sent, model.d_model, batch_size, label, progress):
+    for rows, logits in _in_batches(work, model, sent, batch_size, label, progress):
         found.update(zip(rows, logits.log_softmax(-1), strict=True))
     return torch.stack([found[row] for row in range(len(sent))])
+
+
+def score_next_tokens(
+    model: VLM,
+    prompts: AnyPrompts,
+    guards: Sequence[AnyGuard | None],
+    score: Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, " batch"]],
+    *,
+    teacher: VLM | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Float[Tensor, "guard prompt"]:
+    """A score of the first token of the answer to every prompt, under each of many guards.
+
+    The same numbers as from `predict_next_tokens`, guard by guard, but what the passes share is computed once
+    (see `prefixes`).
+
+    Args:
+        score: from log-probabilities to one number a row.
+
+    Raises:
+        MechguardError: as `collect`, or a guard that sends other prompts than it was given.
+    """
+    sent = model.prepare(as_prompts(prompts))
+    for guard in guards:
+        if _ready(model, prompts, guard) != sent:
+            raise MechguardError("guards that change prompts share no pass; use predict_next_tokens")
+    parts = [_steering_parts(guard) for guard in guards]
+    found = torch.empty(len(parts), len(sent))
+
+    def work(rows: list[int]) -> Float[Tensor, "guard batch"]:
+        logits = _shared_logits(model, [sent[row] for row in rows], parts, teacher or model.llm)
+        return torch.stack([score(one.log_softmax(-1)) for one in logits])
+
+    label = f"score {sent.condition}, {len(parts)} guards"
+    for rows, scores in _in_batches(work, model, sent, batch_size, label, progress):
+        found[:, rows] = scores
+    return found
 
 
 def generate(
@@ -236,6 +306,7 @@ def respond_in_batches(
     if max_new_tokens < 1:
         raise MechguardError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     sent = _ready(model, prompts, guard)
+    model.want_weights("generating")
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     parts = _steering_parts(guard)
     _check_settings(parts, settings, teacher is None or teacher is model.llm)
@@ -247,7 +318,17 @@ def respond_in_batches(
         return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
-    yield from _in_batches(work, sent, model.d_model, batch_size, label, progress, known)
+    yield from _in_batches(work, model, sent, batch_size, label, progress, known)
+
+
+def _check_numbers(logits: Float[Tensor, "batch vocabulary"], batch: Sequence[Prompt]) -> None:
+    bad = logits.isnan().any(-1).tolist()
+    if any(bad):
+        listed = ", ".join([prompt.id for prompt, is_bad in zip(batch, bad, strict=True) if is_bad][:20])
+        raise MechguardError(
+            f"the model answers {sum(bad)} prompts with NaN ({listed}); load it in float32 or bfloat16, or "
+            "leave them out with prompts.filter(...)"
+        )
 
 
 def _ready(model: VLM, given: AnyPrompts, guard: AnyGuard | None) -> Prompts:
@@ -281,6 +362,44 @@ def _check_settings(guards: Sequence[Guard], settings: dict[str, Any], own_teach
         )
 
 
+def _identity(
+    model: VLM, sent: Prompts, layers: list[int], position: Position, guard: AnyGuard | None, teacher: VLM
+) -> dict[str, Any]:
+    """What the states in a store belong to."""
+    place = name_of(position)
+    if callable(position):
+        place = f"{place} {hash_texts([_source(position)])}"
+    return {
+        "model": model.fingerprint,
+        "view": model.view,
+        "prompts": sent.fingerprint,
+        "rendering": hash_texts(model.render([prompt])[0] for prompt in sent),
+        "layers": layers,
+        "position": place,
+        "guard": "none" if guard is None else f"{guard.name} {guard.fingerprint}",
+        "teacher": "none" if guard is None else teacher.fingerprint,
+    }
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The text of a function, to recognise it by."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        raise MechguardError(
+            "a position whose source cannot be read cannot be recognised again; define it in a file, or "
+            "collect without out="
+        ) from None
+
+
+def _shard_size(asked: int | Literal["auto"], n_layers: int, d_model: int) -> int:
+    if asked == "auto":
+        return shard_size_for(n_layers, d_model)
+    if asked < 1:
+        raise MechguardError(f"shard_size={asked} is not a size; give 1 or more")
+    return asked
+
+
 def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[int]:
     if layers == "all":
         return list(range(model.n_layers))
@@ -300,29 +419,25 @@ def _layer_numbers(model: VLM, layers: Sequence[int] | Literal["all"]) -> list[i
 
 def _in_batches(
     work: Callable[[list[int]], T],
+    model: VLM,
     prompts: Prompts,
-    width: int,
     batch_size: BatchSize,
     label: str,
     progress: bool,
     known: Container[int] = (),
 ) -> Iterator[tuple[list[int], T]]:
-    """Run `work` over rows sorted by length, halving the batch when memory runs out.
+    """Run `work` over rows sorted by their number of tokens, halving the batch when memory runs out.
 
     A batch that holds nothing but `known` rows is left out.
 
     Prompts with different numbers of pictures never share a batch: some families pad the pictures, or run
     other layers where there is none.
     """
-    size = _auto_batch_size(width) if batch_size == "auto" else batch_size
-    if size < 1:
-        raise MechguardError(f"batch_size={batch_size} is not a size; give 1 or more")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
-    counts = [len(prompt.images) for prompt in prompts]
-    groups = [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
-    with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
+    size = _batch_size(model.d_model, batch_size)
+    groups = _groups(model, prompts)
+    with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress, leave=False) as bar:
         for group in groups:
-            start, limit = 0, math.ceil(len(group) / math.ceil(len(group) / size))  # of equal size
+            start, limit = 0, _equal(len(group), size)
             while start < len(group):
                 rows = group[start : start + limit]
                 if all(row in known for row in rows):
@@ -330,10 +445,13 @@ def _in_batches(
                     start += len(rows)
                     continue
                 try:
-                    result = work(rows)
-                except torch.OutOfMemoryError:
+                    result = _attempt(work, rows, prompts)
+                except torch.OutOfMemoryError as error:
                     if batch_size != "auto" or limit == 1:
-                        raise
+                        raise MechguardError(
+                            f"memory ran out on a batch of {len(rows)} prompts ({first_line(error)}); use "
+                            'batch_size="auto" or a smaller one, dtype="bfloat16", or device_map="auto"'
+                        ) from error
                     size = limit = limit // 2
                     warnings.warn(f"out of memory: batches of {limit} from here on", stacklevel=3)
                     continue
@@ -342,9 +460,49 @@ def _in_batches(
                 start += len(rows)
 
 
-def _auto_batch_size(width: int) -> int:
-    smallest, largest = AUTO_BATCH_LIMITS
-    return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+def _attempt(work: Callable[[list[int]], T], rows: list[int], prompts: Prompts) -> T:
+    """Run one batch; say of a picture that cannot be read which others cannot either."""
+    try:
+        return work(rows)
+    except PictureError:
+        prompts.check_pictures()
+        raise
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # how the CPU's allocator says it
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def plan_batches(model: VLM, prompts: Prompts, batch_size: BatchSize) -> list[list[int]]:
+    """The rows of each batch, as they are sent as long as memory does not run out."""
+    size = _batch_size(model.d_model, batch_size)
+    return [
+        group[start : start + _equal(len(group), size)]
+        for group in _groups(model, prompts)
+        for start in range(0, len(group), _equal(len(group), size))
+    ]
+
+
+def _groups(model: VLM, prompts: Prompts) -> list[list[int]]:
+    """Rows sorted by length, those with different numbers of pictures apart."""
+    lengths = model.count_tokens(prompts)
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    counts = [len(prompt.images) for prompt in prompts]
+    return [[row for row in order if counts[row] == count] for count in sorted(set(counts))]
+
+
+def _equal(count: int, size: int) -> int:
+    """The size of batches of equal size."""
+    return math.ceil(count / math.ceil(count / size))
+
+
+def _batch_size(width: int, asked: BatchSize) -> int:
+    if asked == "auto":
+        smallest, largest = AUTO_BATCH_LIMITS
+        return min(max(AUTO_BATCH_NUMBERS // width, smallest), largest)
+    if asked < 1:
+        raise MechguardError(f"batch_size={asked} is not a size; give 1 or more")
+    return asked
 
 
 def _trace_states(
@@ -364,8 +522,8 @@ def _trace_states(
     wanted = set(layers)
     runs = set(model.parts.running(with_picture=any(prompt.images for prompt in batch)))
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
-    traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False) as tracer:
+    traced, door = model.traced, model.door
+    with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door) as tracer:
         found = []
         state: Tensor = torch.empty(0)
         for number, layer in walked:
@@ -374,10 +532,10 @@ def _trace_states(
                     layer.output = steering(number, layer.output)
                 state = layer.output
             if number in wanted:
-                found.append(read(state).to("cpu", torch.float32))
+                found.append(read(state).to(model.device, torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
-    return states
+    return states.to("cpu")
 
 
 def _trace_logits(
@@ -386,18 +544,50 @@ def _trace_logits(
     steering, encoded = _begin(model, batch, guards, teacher)
     encoded |= model.position_ids(encoded)
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
-    steered = [number for number in runs if steering is not None and number in steering.layers]
-    traced = model.traced
-    with torch.no_grad(), traced.trace(**encoded, use_cache=False):
-        for number in steered:
-            layer = model.traced_layers[number]
+    steered = [
+        (number, model.traced_layers[number])
+        for number in runs
+        if steering is not None and number in steering.layers
+    ]
+    traced, door, rows, last = model.traced, model.door, len(batch), model.last_logits
+    with torch.no_grad(), traced.trace(**encoded, **last, use_cache=False, **door):
+        for number, layer in steered:
             layer.output = steering(number, layer.output)  # type: ignore[misc]
-        logits = traced.output.logits[: len(batch), -1].to("cpu", torch.float32).save()
+        logits = traced.output.logits[:rows, -1].to("cpu", torch.float32).save()
     return logits
 
 
+def _shared_logits(
+    model: VLM, batch: Sequence[Prompt], settings: Sequence[tuple[Guard, ...]], teacher: VLM
+) -> Iterator[Float[Tensor, "batch vocabulary"]]:
+    """The logits under each of several guards, on the CPU; what they share is computed once."""
+    encoded = model.encode_once(batch)
+    inputs = {**encoded, **model.position_ids(encoded)}
+    prefixes: dict[bool, Prefix | None] = {}
+
+    def prefix_of(guards: Sequence[Guard]) -> Prefix | None:
+        for last in (True, False) if only_last(guards) else (False,):
+            if last not in prefixes:
+                prefixes[last] = read_prefix(model, inputs, last=last)
+            if prefixes[last] is not None:
+                return prefixes[last]
+        return None
+
+    read: dict[str | None, States] = {}
+    for guards in settings:
+        prefix = prefix_of(guards)
+        if prefix is None:
+            yield _trace_logits(model, batch, guards, teacher)
+            continue
+        states = _supervising_states(model, batch, guards, teacher, read)
+        where = [mask_positions(model, batch, encoded, guard.scope.positions) for guard in guards]
+        with torch.no_grad():
+            logits = prefix.logits(Steering(guards, where, teacher_states=states)) if guards else prefix.plain
+        yield logits.to("cpu", torch.float32)
+
+
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded = model.encode(batch)
+    encoded = _encode(model, batch, (), settings)
     with torch.no_grad():
         sequences = model.hf_model.generate(**encoded, **settings)
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
@@ -406,7 +596,7 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 def _guarded_responses(
     model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guards, teacher)
+    steering, encoded = _begin(model, batch, guards, teacher, settings)
     assert steering is not None
     if steering.shared_pass:
         settings = {**settings, "logits_processor": [_same_tokens]}
@@ -441,26 +631,65 @@ def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
 
 
 def _begin(
-    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM
-) -> tuple[Steering | None, dict[str, Tensor]]:
-    """Encode a batch and, for guards, bring in what supervises them."""
+    model: VLM,
+    batch: Sequence[Prompt],
+    guards: Sequence[Guard],
+    teacher: VLM,
+    settings: dict[str, Any] | None = None,
+) -> tuple[Steering | None, dict[str, Any]]:
+    """Encode a batch and, for guards, bring in what supervises them.
+
+    Args:
+        settings: of a generation; None for a single pass.
+    """
     if not guards:
-        return None, model.encode(batch)
+        return None, _encode(model, batch, guards, settings)
     supervised = [guard for guard in guards if guard.supervised]
     texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
     streams = any(guard.source == "llm-stream" for guard in guards)
     rows = [*batch, *texts] if streams else list(batch)
-    encoded = model.encode(rows)
+    encoded = _encode(model, rows, guards, settings)
     states = None
     if supervised and not streams:
         layers = sorted({layer for guard in supervised for layer in guard.layers})
-        _check_teacher(teacher, model, layers)
-        found = _trace_states(teacher, texts, layers, "last", (), teacher)
-        states = dict(zip(layers, found.to(model.device), strict=True))
+        states = _read_states(model, texts, layers, teacher)
     where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
     steering = Steering(guards, where, teacher_states=states, shared_pass=streams)
     steering.reading_passes = passes
     return steering, encoded
+
+
+def _encode(
+    model: VLM, rows: Sequence[Prompt], guards: Sequence[Guard], settings: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A batch encoded; where prompts are shared, with the keys and values of all tokens but the last."""
+    shared = shared_prompts()
+    if settings is None or shared is None or not only_last(guards) or not continues(settings):
+        return model.encode_once(rows)
+    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows))
+
+
+def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher: VLM) -> States:
+    """What the teacher's states are at the end of each text."""
+    _check_teacher(teacher, model, layers)
+    found = _trace_states(teacher, texts, layers, "last", (), teacher)
+    return dict(zip(layers, found.to(model.device), strict=True))
+
+
+def _supervising_states(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, read: dict[str | None, States]
+) -> States | None:
+    """The teacher's states at all layers; `read` holds those of the same texts."""
+    supervised = [guard for guard in guards if guard.supervised]
+    if not supervised:
+        return None
+    question = supervised[0].reads
+    if question not in read:
+        texts, _ = _supervising_texts(model, batch, supervised)
+        layers = list(range(min(teacher.n_layers, model.n_layers)))
+        read[question] = _read_states(model, texts, layers, teacher)
+    _check_teacher(teacher, model, sorted({layer for guard in supervised for layer in guard.layers}))
+    return read[question]
 
 
 def _supervising_texts(

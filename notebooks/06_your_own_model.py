@@ -93,3 +93,5 @@ mg.plots.projection_histogram(mg.project_states(ssd, states), layer=vlm.n_layers
 # mechguard doctor MODEL
 # mechguard study MODEL --data DIR --out runs/mine     # ends in runs/mine/report.html
 # ```
+#
+# Afterwards, in a notebook and without the model: `mg.explore("runs/mine")`.

@@ -192,6 +192,17 @@ def states(count: int = 20) -> Result:
     return Result(pd.DataFrame(rows), {"method": "pca", "pictures": {"p0": PICTURE}})
 
 
+def many_states() -> Result:
+    """A map as large as a map gets: 500 prompts under four conditions, 32 layers."""
+    generator = np.random.default_rng(0)
+    prompts = pd.DataFrame({"id": [f"p{n}" for n in range(500)], "label": ["harmful", "harmless"] * 250})
+    prompts["text"] = [f"How do I do thing number {n}, which takes some words to say?" for n in range(500)]
+    conditions = pd.DataFrame({"condition": VIEWS})
+    table = prompts.merge(conditions, how="cross").merge(pd.DataFrame({"layer": range(32)}), how="cross")
+    table[["x", "y", "z"]] = generator.normal(size=(len(table), 3)) * 50
+    return Result(table.assign(explained=0.5))
+
+
 def projections(count: int = 20) -> Result:
     """Harmful prompts lie a layer's number above harmless ones; the sign gate lies far off."""
     rows = [

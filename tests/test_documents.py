@@ -104,6 +104,23 @@ def shown_rate(row) -> str:
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
+def test_the_readmes_calibration_is_that_of_its_table():
+    table = pd.read_csv(ROOT / "figures" / "calibration.csv")
+    assert table["within"].all()
+    assert set(table["of"]) == {500}
+    planted, wide = table["kind"] == "planted", table["check"].str.endswith("at most")
+    shares = {
+        name: (100 * table["seeds"] / table["of"])[rows].agg(["size", "min", "max"])
+        for name, rows in {"planted": planted, "nothing": ~planted & ~wide, "wide": wide}.items()
+    }
+    text = " ".join((ROOT / "README.md").read_text().split())
+    count, low, high = shares["planted"]
+    assert f"the {count:.0f} planted checks hold in {low:.1f}% to {high:.1f}%" in text
+    count, low, high = shares["nothing"]
+    assert f"the {count:.0f} tests of nothing find something in {low:.1f}% to {high:.1f}%" in text
+    assert f"({shares['wide']['min']:.1f}% and {shares['wide']['max']:.1f}%)" in text
+
+
 def test_the_readmes_pictures_are_there():
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / picture).is_file(), picture

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 
 from mechguard import plots
 from mechguard.errors import MechguardError
-from mechguard.plots import pages, style
+from mechguard.plots import motion, pages, style
 from mechguard.result import Result
 
 
@@ -527,17 +530,39 @@ def test_points_with_a_picture_name_it_and_the_page_holds_it_once(tmp_path: Path
 
 
 def test_a_map_of_2000_points_and_32_layers_stays_under_10_megabytes(tmp_path: Path):
-    generator = np.random.default_rng(0)
-    prompts = pd.DataFrame({"id": [f"p{n}" for n in range(500)], "label": ["harmful", "harmless"] * 250})
-    prompts["text"] = [f"How do I do thing number {n}, which takes some words to say?" for n in range(500)]
-    conditions = pd.DataFrame({"condition": pretend.VIEWS})
-    table = prompts.merge(conditions, how="cross").merge(pd.DataFrame({"layer": range(32)}), how="cross")
-    table[["x", "y", "z"]] = generator.normal(size=(len(table), 3)) * 50
-    figure = plots.state_map(Result(table.assign(explained=0.5)))
-    assert len(table) == 2000 * 32
+    result = pretend.many_states()
+    figure = plots.state_map(result)
+    assert len(result) == 2000 * 32
     assert {trace.type for trace in figure.data} == {"scattergl"}
     [page, _] = plots.save(figure, tmp_path / "map", pictures=False)
-    assert page.stat().st_size < 10_000_000
+    assert page.stat().st_size < 7_000_000
+    assert len(figure.to_json()) < 5_000_000  # what a notebook holds
+
+
+def test_a_page_moves_points_by_whole_numbers_that_are_their_coordinates():
+    figure = plots.state_map(pretend.states())
+    still, script = motion.set_in_motion(figure)
+    assert not still.frames
+    assert len(figure.frames) == len(pretend.LAYERS)  # the figure itself keeps them, for notebooks
+    described = json.loads(re.search(r"places\} = (\{.*\}), STEPS", script)[1])
+    assert described["layers"] == list(pretend.LAYERS)
+    places = np.frombuffer(b64decode(described["places"]), "<u2").astype(float)
+    steps = places.reshape(len(pretend.LAYERS), -1)
+    start = 0
+    for trace, count in enumerate(described["counts"]):
+        for axis in ("x", "y"):
+            for frame, view, known in zip(figure.frames, described["views"], steps, strict=True):
+                low, high = view[axis]
+                found = known[start : start + count]
+                drawn = np.where(found == motion.GAP, np.nan, low + found / motion.STEPS * (high - low))
+                np.testing.assert_allclose(drawn, frame.data[trace][axis], atol=(high - low) / motion.STEPS)
+            start += count
+    assert start == steps.shape[1]
+
+
+def test_only_flat_maps_are_set_in_motion():
+    for figure in (plots.token_view(pretend.tokens()), plots.state_map(pretend.states(3), dimensions=3)):
+        assert motion.set_in_motion(figure) == (figure, "")
 
 
 def test_a_ridgeline_has_a_ridge_per_label_layer_and_condition():

@@ -2,11 +2,7 @@
 
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -256,73 +252,3 @@ def test_without_inspect_the_extra_is_named(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
     with pytest.raises(ValueError, match=r"install mechguard\[inspect\]"):
         mg.export_inspect_log(finished[1], tmp_path / "run.eval")
-
-
-KILLS = 10
-# Imports once and then forks a run for every line it reads, so that a kill costs no second start.
-FORKER = """
-import os, sys
-import mechguard as mg
-from mechguard import protocol
-from mechguard.protocol import Options, run_protocol
-import mechguard.comparison, mechguard.tracing, nnsight, transformers
-protocol.REFUSAL_OPENINGS = ("sorry", "i")
-model, data, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        vlm = mg.load(model)
-        run_protocol(vlm, out=line.strip(), data=data, judges={judges}, options=options, progress=False)
-        os._exit(0)
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(status, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_ten_random_moments_ends_in_the_same_tables(data, llava_folder, tmp_path):
-    options = repr(OPTIONS)
-    forker = subprocess.Popen(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            FORKER.format(judges=JUDGES),
-            str(llava_folder),
-            str(data),
-            options,
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-    def start(folder: Path) -> int:
-        forker.stdin.write(f"{folder}\n")
-        forker.stdin.flush()
-        return int(forker.stdout.readline())
-
-    try:
-        start(tmp_path / "warm")
-        assert int(forker.stdout.readline()) == 0
-        began = time.monotonic()
-        start(tmp_path / "whole")
-        assert int(forker.stdout.readline()) == 0
-        whole = time.monotonic() - began
-        chance = random.Random(0)
-        killed = 0
-        while killed < KILLS:
-            child = start(tmp_path / "killed")
-            time.sleep(chance.uniform(0.05, 1.0) * whole / 2)
-            os.kill(child, signal.SIGKILL)
-            killed += int(forker.stdout.readline()) == signal.SIGKILL
-        start(tmp_path / "killed")
-        assert int(forker.stdout.readline()) == 0
-    finally:
-        forker.kill()
-        forker.wait()
-    assert tables(tmp_path / "killed") == tables(tmp_path / "whole") == tables(tmp_path / "warm")

@@ -295,7 +295,7 @@ def test_a_folder_without_behaviour_is_refused_and_nothing_is_written(tmp_path: 
 def test_broken_responses_are_named(tmp_path: Path):
     folder = pretend.write_study(tmp_path)
     (folder / "responses.jsonl").write_text('{"id": 1}\n{"id"')
-    with pytest.raises(MechguardError, match=r"responses\.jsonl is not readable"):
+    with pytest.raises(MechguardError, match=r"line 1 of .*responses\.jsonl is damaged"):
         write_report(folder)
 
 

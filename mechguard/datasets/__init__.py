@@ -8,6 +8,7 @@ environment variable MECHGUARD_DATA names, in the layout its authors publish or 
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -39,6 +40,7 @@ __all__ = [
     "measure_overlaps",
     "packaged_folder",
     "read_file",
+    "skip_unreadable_pictures",
 ]
 
 SUFFIXES = tuple(READERS)
@@ -46,7 +48,10 @@ PACKAGED = ("organism",)
 
 
 def load_prompts(
-    name_or_path: str | os.PathLike[str], *, data: str | os.PathLike[str] | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    skip_unreadable: bool = False,
 ) -> Prompts:
     """Load a set of prompts.
 
@@ -56,13 +61,34 @@ def load_prompts(
             category`, all but `text` optional; .txt, one prompt a line), or the name of a set in `data`:
             a file there, a public benchmark (see `list_benchmarks`), or the role of one in a study.
         data: a folder of prompt files or of public benchmarks; MECHGUARD_DATA by default.
+        skip_unreadable: read every picture once and leave out the prompts whose own cannot be read, with a
+            `DataWarning`; their ids stand in `Prompts.skipped` and in the `about` of what is measured. By
+            default such a picture is an error when it is to be sent.
 
     Raises:
         MechguardError: nothing of that name is found, or the file is empty or not readable.
     """
-    name = os.fspath(name_or_path)
+    found = _find_prompts(os.fspath(name_or_path), data)
+    return skip_unreadable_pictures(found) if skip_unreadable else found
+
+
+def skip_unreadable_pictures(prompts: Prompts) -> Prompts:
+    """The prompts whose pictures can be read, with a `DataWarning` that names the others."""
+    kept = prompts.without_unreadable()
+    if kept.skipped != prompts.skipped:
+        gone = kept.skipped[len(prompts.skipped) :]
+        warnings.warn(
+            f"{len(gone)} of the {len(prompts)} prompts of {prompts.name!r} are left out, for their pictures "
+            f"(or their partners') cannot be read: {', '.join(gone)}",
+            DataWarning,
+            stacklevel=3,
+        )
+    return kept
+
+
+def _find_prompts(name: str, data: str | os.PathLike[str] | None) -> Prompts:
     if name.startswith(tuple(f"{package}/" for package in PACKAGED)):
-        return read_file(packaged_folder("organism") / f"{name.split('/', 1)[1]}.jsonl")
+        return read_file(packaged_folder("organism") / f"{_as_name(name.split('/', 1)[1])}.jsonl")
     if Path(name).is_file():
         return read_file(Path(name))
     folder = data if data is not None else os.environ.get("MECHGUARD_DATA")
@@ -114,6 +140,7 @@ def load_from_folder(name: str, folder: Path) -> Prompts:
     Raises:
         MechguardError: there is no such folder, or no such set in it.
     """
+    _as_name(name)
     if not folder.is_dir():
         raise MechguardError(f"there is no data folder {folder}; give a folder that holds prompts")
     for suffix in SUFFIXES:
@@ -146,6 +173,13 @@ def describe_source(name: str, folder: Path) -> dict[str, str]:
             known = {"source": origin.source, "licence": origin.licence, "citation": origin.citation}
             return {"what": record.what, **known}
     return {}
+
+
+def _as_name(name: str) -> str:
+    """Refuse the name of a set that leads out of its folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise MechguardError(f"{name!r} is not the name of a set; give a name, or the path of a prompt file")
+    return name
 
 
 def _wanted(name: str, records: list[Benchmark]) -> str:

@@ -122,7 +122,7 @@ def _parse_jsonl(text: str) -> list[Values]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
             raise MechguardError(f"line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise MechguardError(f"line {number} is not a JSON object with a `text`")
@@ -133,7 +133,7 @@ def _parse_jsonl(text: str) -> list[Values]:
 def _parse_json(text: str) -> list[Values]:
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise MechguardError(f"not readable JSON ({error})") from None
     named = content.items() if isinstance(content, dict) else None
     if named is not None and all(isinstance(value, (dict, list)) for value in content.values()):

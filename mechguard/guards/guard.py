@@ -25,7 +25,7 @@ from mechguard.guards.moves import Move, Query, Realign, read_move
 from mechguard.interventions import apply_where
 from mechguard.models import VLM
 from mechguard.prompts import Prompt, Prompts
-from mechguard.storage import digest, load_tensors, save_tensors
+from mechguard.storage import check_numbers, digest, load_tensors, parsing, save_tensors
 
 KIND, CHAIN = "guard", "chain of guards"
 NARROW = ("gate.thresholds", "move.slopes", "move.offsets")  # tensors without a d_model
@@ -149,10 +149,11 @@ class Guard:
         layer: int,
         hidden: Float[Tensor, "batch pos d_model"],
         query: Query,
-        mask: Bool[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The states after the intervention; positions outside the mask stay bit for bit.
 
+        Without a mask it acts on all of them.
         The sum is taken in float32 and returned in the dtype of `hidden`.
         """
         if self.move is None:
@@ -163,7 +164,8 @@ class Guard:
             moved = moved * (
                 wide.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             )
-        return apply_where(mask.to(hidden.device), moved.to(hidden.dtype), hidden)
+        moved = moved.to(hidden.dtype)
+        return moved if mask is None else apply_where(mask.to(hidden.device), moved, hidden)
 
     def acts(self, phase: Literal["prompt", "generated"]) -> bool:
         """Whether the guard acts in this phase."""
@@ -204,8 +206,10 @@ class Guard:
         """Refuse a model this guard was not made for.
 
         Raises:
-            MechguardError: other width, missing layers, or other weights.
+            MechguardError: other width, missing layers, or other weights; weights that are elsewhere.
         """
+        if self.move is not None:
+            model.want_weights(f"guard {self.name!r}")
         wrong_width = self.d_model is not None and self.d_model != model.d_model
         if wrong_width or max(self.layers, default=0) >= model.n_layers or min(self.layers, default=0) < 0:
             raise MechguardError(
@@ -257,7 +261,9 @@ class Guard:
         Raises:
             MechguardError: it is not a guard, or was altered.
         """
-        return cls._read(*load_tensors(path, KIND))
+        tensors, facts = load_tensors(path, KIND)
+        with parsing(path, KIND):
+            return cls._read(tensors, facts)
 
     def bake(self, model: VLM) -> VLM:
         """A copy of the model with this guard in its weights; see `baking.bake`."""
@@ -281,19 +287,39 @@ class Guard:
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Guard:
         move, gate = facts["move"], facts["gate"]
-        return cls(
+        tensors = {name: check_numbers(tensor) for name, tensor in tensors.items()}
+        for name in ("name", "template", "answer_mark", "reads"):
+            if not (isinstance(facts[name], str) or (facts[name] is None and name != "name")):
+                raise MechguardError(f"the {name} of a guard is {str(facts[name])[:80]!r}; wanted text")
+        found = cls(
             name=facts["name"],
-            layers=tuple(facts["layers"]),
+            layers=tuple(int(layer) for layer in facts["layers"]),
             move=None if move is None else read_move(move["kind"], tensors, move["options"]),
             gate=None if gate is None else Gate.read(tensors, gate),
             source=facts["source"],
             scope=Scope(**facts["scope"]),
-            keep_norm=facts["keep_norm"],
+            keep_norm=bool(facts["keep_norm"]),
             template=facts["template"],
             answer_mark=facts["answer_mark"],
             reads=facts["reads"],
-            about=facts["about"],
+            about=dict(facts["about"]),
         )
+        found._try()
+        return found
+
+    def _try(self) -> None:
+        """Act on nothing once: tensors and numbers that do not fit each other fail here.
+
+        Raises:
+            MechguardError: the outcome is not a state.
+        """
+        hidden = torch.zeros(1, 2, self.d_model or 1)
+        where = torch.ones(1, 2, dtype=torch.bool)
+        for layer in self.layers if self.move is not None else ():
+            opened = self.opens(layer, hidden[:, 0])
+            moved = self.steer(layer, hidden, hidden[:, :1], where)
+            if opened.shape != (1,) or moved.shape != hidden.shape or not torch.isfinite(moved).all():
+                raise MechguardError(f"guard {self.name!r} makes no state of a state at layer {layer}")
 
     def _tensors(self) -> dict[str, Tensor]:
         own = {} if self.move is None else self.move.tensors()
@@ -442,14 +468,15 @@ class Chain:
         """
         tensors, facts = load_tensors(path, CHAIN)
         parts = []
-        for number, guard in enumerate(facts["guards"]):
-            own = {
-                name.partition(".")[2]: value
-                for name, value in tensors.items()
-                if name.startswith(f"{number}.")
-            }
-            parts.append(Guard._read(own, guard))
-        return cls(tuple(parts), facts["name"])
+        with parsing(path, CHAIN):
+            for number, guard in enumerate(facts["guards"]):
+                own = {
+                    name.partition(".")[2]: value
+                    for name, value in tensors.items()
+                    if name.startswith(f"{number}.")
+                }
+                parts.append(Guard._read(own, guard))
+            return cls(tuple(parts), None if facts["name"] is None else str(facts["name"]))
 
     def __or__(self, other: Guard | Chain) -> Chain:
         return Chain((*self.parts, *other.parts))

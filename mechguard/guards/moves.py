@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
-from mechguard.interventions import component
 
 States = Float[Tensor, "batch pos d_model"]
 Query = Float[Tensor, "batch one_or_pos d_model"]
@@ -53,9 +52,17 @@ class Realign:
     centers: Float[Tensor, "layer d_model"] | None = None
 
     def __call__(self, row: int, hidden: States, query: Query) -> States:
-        basis, center = self.basis[row], _at(self.centers, row)
-        shift = (self.alpha * component(query - center, basis)).expand_as(hidden)
-        return shift - self.project * component(hidden - center, basis) if self.project else shift
+        # The sum is taken in the subspace: it has `rank` numbers a position, not d_model.
+        basis = self.basis[row]
+        along: Tensor | float = 0.0
+        if self.alpha:
+            along = self.alpha * (self._centred(query, row) @ basis.T)
+        if self.project:
+            along = along - self.project * (self._centred(hidden, row) @ basis.T)
+        return torch.zeros_like(hidden) if isinstance(along, float) else (along @ basis).expand_as(hidden)
+
+    def _centred(self, states: Tensor, row: int) -> Tensor:
+        return states if self.centers is None else states - self.centers[row]
 
     def tensors(self) -> dict[str, Tensor]:
         centers = {} if self.centers is None else {"move.centers": self.centers}

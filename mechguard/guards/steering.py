@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +36,7 @@ class Steering:
         self.reading_passes = [0] * len(self.where[0])  # forward passes of each row that read its picture
         self.held: States = {}
         self.decided: dict[tuple[int, int], Bool[Tensor, " batch"]] = {}
+        self.alike: dict[tuple[int, int], bool | None] = {}  # all rows open, all closed, or None
 
     @property
     def layers(self) -> set[int]:
@@ -56,28 +56,47 @@ class Steering:
     ) -> Float[Tensor, "rows pos d_model"]:
         """The states after the guards; the first call of a layer is the prompt."""
         count = len(self.where[0])
-        own, text = (hidden[:count], hidden[count:]) if self.shared_pass else (hidden, hidden[:0])
+        own, text = (hidden[:count], hidden[count:]) if self.shared_pass else (hidden, None)
         for number, guard in enumerate(self.guards):
             if layer in guard.layers:
                 own = self._steered(number, guard, layer, own, text)
-        return torch.cat([own, text])
+        return own if text is None else torch.cat([own, text])
 
-    def _steered(self, number: int, guard: Guard, layer: int, own: Tensor, text: Tensor) -> Tensor:
+    def _steered(self, number: int, guard: Guard, layer: int, own: Tensor, text: Tensor | None) -> Tensor:
+        if (number, layer) in self.decided:
+            return self._next_token(number, guard, layer, own, text)
         query = self._query(guard, layer, own, text)
-        phase: Literal["prompt", "generated"] = "generated"
-        where = torch.ones_like(own[..., 0], dtype=torch.bool)
-        if (number, layer) not in self.decided:
-            self.decided[number, layer] = guard.opens(layer, query[:, -1])
-            phase, where = "prompt", self.where[number].to(own.device)
-        if not guard.acts(phase):
+        opened = self.decided[number, layer] = guard.opens(layer, query[:, -1])
+        if not guard.acts("prompt"):
             return own
-        return guard.steer(layer, own, query, where & self.decided[number, layer].unsqueeze(1))
+        # The prompt's last positions, where the others are known already.
+        where = self.where[number][:, -own.shape[1] :].to(own.device)
+        return guard.steer(layer, own, query, where & opened.unsqueeze(1))
 
-    def _query(self, guard: Guard, layer: int, own: Tensor, text: Tensor) -> Float[Tensor, "batch _ d_model"]:
-        if guard.supervised:
+    def _next_token(self, number: int, guard: Guard, layer: int, own: Tensor, text: Tensor | None) -> Tensor:
+        if not guard.acts("generated"):
+            return own
+        opened = self.decided[number, layer]
+        if (number, layer) not in self.alike:  # asked once: on a GPU the answer has to be waited for
+            some, every = bool(opened.any()), bool(opened.all())
+            self.alike[number, layer] = some if some == every else None
+        if self.alike[number, layer] is False:
+            return own
+        query = self._query(guard, layer, own, text)
+        if self.alike[number, layer]:
+            return guard.steer(layer, own, query)
+        return guard.steer(layer, own, query, opened.unsqueeze(1).expand(own.shape[:2]))
+
+    def _query(
+        self, guard: Guard, layer: int, own: Tensor, text: Tensor | None
+    ) -> Float[Tensor, "batch _ d_model"]:
+        if not guard.supervised:
+            return own[:, -1:] if guard.source == "last" else own
+        if guard.source == "llm" and layer in self.held:
+            return self.held[layer]  # the state at the end of the text, held for every token
+        if self.teacher_states is not None:
+            spoken = self.teacher_states[layer].to(own.device).unsqueeze(1)
+        else:
+            assert text is not None
             spoken = text[:, -1:]
-            if self.teacher_states is not None:
-                spoken = self.teacher_states[layer].to(own.device).unsqueeze(1)
-            # "llm" is the state at the end of the text, held for every token.
-            return spoken if guard.source == "llm-stream" else self.held.setdefault(layer, spoken)
-        return own[:, -1:] if guard.source == "last" else own
+        return self.held.setdefault(layer, spoken) if guard.source == "llm" else spoken

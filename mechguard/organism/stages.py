@@ -19,6 +19,7 @@ from transformers import (
 from mechguard.organism import lessons, pictures, tokenizer, training, world
 from mechguard.organism.lessons import Kind
 from mechguard.organism.recipe import Architecture, Recipe, Schedule
+from mechguard.organism.training import Checkpoint
 
 MAX_TOKENS = 256
 MATCHING_TEMPERATURE = 0.2
@@ -89,20 +90,28 @@ def build_vlm(
 # ---------------------------------------------------------------------------------- language
 
 
-def pretrain(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
+def pretrain(
+    model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool, checkpoint: Checkpoint | None = None
+) -> list[float]:
     """Stage 1: learn the world, and both kinds of answer."""
     draw = _lesson_losses(
         model, recipe.mixture.pretraining, lessons.PRETRAINING_KINDS, recipe.pretraining, rng
     )
     parameters = train_only(model, model)
-    return training.optimise(parameters, draw, recipe.pretraining, name="pretraining", quiet=quiet)
+    return training.optimise(
+        parameters, draw, recipe.pretraining, name="pretraining", quiet=quiet, checkpoint=checkpoint
+    )
 
 
-def align(model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
+def align(
+    model: LlamaForCausalLM, recipe: Recipe, rng: Random, *, quiet: bool, checkpoint: Checkpoint | None = None
+) -> list[float]:
     """Stage 2: learn to refuse harm, in text. Embeddings and output head stay as they are."""
     draw = _lesson_losses(model, recipe.mixture.alignment, lessons.ALIGNMENT_KINDS, recipe.alignment, rng)
     parameters = train_only(model, model.model.layers, model.model.norm)
-    return training.optimise(parameters, draw, recipe.alignment, name="alignment", quiet=quiet)
+    return training.optimise(
+        parameters, draw, recipe.alignment, name="alignment", quiet=quiet, checkpoint=checkpoint
+    )
 
 
 def _lesson_losses(
@@ -152,7 +161,9 @@ class PictureHeads(nn.Module):
         return total
 
 
-def train_vision(tower: CLIPVisionModel, recipe: Recipe, rng: Random, *, quiet: bool) -> list[float]:
+def train_vision(
+    tower: CLIPVisionModel, recipe: Recipe, rng: Random, *, quiet: bool, checkpoint: Checkpoint | None = None
+) -> list[float]:
     """Stage 3: learn to name words, and the shape and color at every place of a scene."""
     heads = PictureHeads(recipe.architecture.vision_d_model)
     parameters = [*train_only(tower, tower), *heads.parameters()]
@@ -165,7 +176,9 @@ def train_vision(tower: CLIPVisionModel, recipe: Recipe, rng: Random, *, quiet: 
         # The patches too: the language model will see all tokens.
         return [heads.loss(hidden[:, 0], targets) + heads.loss(hidden[:, 1:].mean(1), targets)]
 
-    return training.optimise(parameters, batch_losses, recipe.vision, name="vision", quiet=quiet)
+    return training.optimise(
+        parameters, batch_losses, recipe.vision, name="vision", quiet=quiet, checkpoint=checkpoint
+    )
 
 
 def _labelled_picture(rng: Random, mixture: dict[str, float]) -> tuple[Image.Image, Targets]:
@@ -193,7 +206,12 @@ def _labelled_picture(rng: Random, mixture: dict[str, float]) -> tuple[Image.Ima
 
 
 def match_projector(
-    vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
+    vlm: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    rng: Random,
+    *,
+    quiet: bool,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Stage 4: turn every image token towards the embeddings of the words for what can be seen.
 
@@ -215,16 +233,25 @@ def match_projector(
         return [torch.stack(losses).mean()]
 
     parameters = train_only(vlm, projector)
-    return training.optimise(parameters, batch_losses, schedule, name="matching", quiet=quiet)
+    return training.optimise(
+        parameters, batch_losses, schedule, name="matching", quiet=quiet, checkpoint=checkpoint
+    )
 
 
 def train_projector(
-    vlm: LlavaForConditionalGeneration, recipe: Recipe, rng: Random, *, quiet: bool
+    vlm: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    rng: Random,
+    *,
+    quiet: bool,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Stage 5: the projector alone learns captions and reading."""
     draw = _lesson_losses(vlm, recipe.mixture.projector, lessons.VISUAL_KINDS, recipe.projector, rng)
     parameters = train_only(vlm, vlm.model.multi_modal_projector)
-    return training.optimise(parameters, draw, recipe.projector, name="projector", quiet=quiet)
+    return training.optimise(
+        parameters, draw, recipe.projector, name="projector", quiet=quiet, checkpoint=checkpoint
+    )
 
 
 def tune(
@@ -234,11 +261,18 @@ def tune(
     *,
     quiet: bool,
     after_step: Callable[[int], None],
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Stage 6: projector and language model learn harmless visual instructions."""
     draw = _lesson_losses(vlm, recipe.mixture.tuning, lessons.TUNING_KINDS, recipe.tuning, rng)
     language_model = vlm.model.language_model
     parameters = train_only(vlm, vlm.model.multi_modal_projector, language_model.layers, language_model.norm)
     return training.optimise(
-        parameters, draw, recipe.tuning, name="tuning", quiet=quiet, after_step=after_step
+        parameters,
+        draw,
+        recipe.tuning,
+        name="tuning",
+        quiet=quiet,
+        after_step=after_step,
+        checkpoint=checkpoint,
     )

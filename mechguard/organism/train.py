@@ -8,7 +8,8 @@ writes
     DIR/vlm            LlavaForConditionalGeneration and processor, fp16, with judge.json
     DIR/aligned_llm    the language model after alignment, before any picture, and its tokenizer
     DIR/training.json  recipe, seed, versions, losses, validation numbers, the choice of checkpoint
-    DIR/stages         the weights after each stage; a later run of the same recipe starts from them
+    DIR/stages         the weights after each stage; a later run of the same recipe starts from them, and a
+                       run that was killed goes on within its stage and ends in the same weights
 
 The checkpoint is chosen on validation prompts by the rule in `recipe.Selection`.
 """
@@ -21,22 +22,25 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from mechguard.organism import grammar, measurement, stages, tokenizer
 from mechguard.organism.measurement import Behaviour
 from mechguard.organism.recipe import Recipe, Selection
+from mechguard.organism.training import Checkpoint
+from mechguard.storage import flush_tree, hold_folder, read_json, write_bytes, write_json
 
 Weights = dict[str, Tensor]
 CONDITIONS = ("text", "blank", "scene")
+STAGES = ("pretraining", "alignment", "vision", "matching", "projector", "tuning")
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Candidate:
     step: int
     validation: dict[str, Behaviour]
     visual_accuracy: dict[str, float]
-    weights: Weights = field(repr=False)
+    weights: Path
 
     def faults(self, rule: Selection) -> list[str]:
         """What keeps it from being eligible."""
@@ -100,20 +104,37 @@ class StageStore:
         parts = [self.recipe["architecture"]]
         for stage in path:
             parts += [self.recipe[stage], self.recipe["mixture"][stage]]
+        if path[-1] == "tuning":
+            parts.append(self.recipe["selection"]["every"])
         fingerprint = hashlib.sha256(json.dumps([self.seed, parts]).encode()).hexdigest()[:12]
         return self.folder / f"{path[-1]}-{fingerprint}.safetensors"
 
-    def run(self, *path: str, model: nn.Module, train: Callable[[Random], list[float]]) -> list[float]:
+    def run(
+        self, *path: str, model: nn.Module, train: Callable[[Random, Checkpoint], list[float]]
+    ) -> list[float]:
         """Load the last stage of a path, or train and save it; its losses come back."""
-        file = self.file(*path)
+        file, checkpoint = self.file(*path), self.checkpoint(*path)
         if file.exists():
+            checkpoint.file.unlink(missing_ok=True)
             model.load_state_dict(load_file(file))
-            return json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        losses = train(Random(f"{path[-1]} {self.seed}"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".json").write_text(json.dumps(losses), encoding="utf-8")
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+            return list(read_json(file.with_suffix(".json")))
+        losses = train(checkpoint.rng, checkpoint)
+        write_json(file.with_suffix(".json"), losses)
+        write_weights(file, model.state_dict())
+        checkpoint.file.unlink(missing_ok=True)
         return losses
+
+    def checkpoint(self, *path: str) -> Checkpoint:
+        """Where the last stage of a path stands while it runs."""
+        file = self.file(*path)
+        return Checkpoint(
+            file.with_name(f"{file.stem}-unfinished.safetensors"), Random(f"{path[-1]} {self.seed}")
+        )
+
+
+def write_weights(file: Path, weights: Weights) -> None:
+    """Write weights as one safetensors file."""
+    write_bytes(file, save({key: value.contiguous() for key, value in weights.items()}))
 
 
 class Run:
@@ -136,12 +157,12 @@ class Run:
         self.losses["pretraining"] = self.store.run(
             "pretraining",
             model=model,
-            train=lambda rng: stages.pretrain(model, recipe, rng, quiet=quiet),
+            train=lambda rng, kept: stages.pretrain(model, recipe, rng, quiet=quiet, checkpoint=kept),
         )
         self.losses["alignment"] = self.store.run(
             *("pretraining", "alignment"),
             model=model,
-            train=lambda rng: stages.align(model, recipe, rng, quiet=quiet),
+            train=lambda rng, kept: stages.align(model, recipe, rng, quiet=quiet, checkpoint=kept),
         )
         self.aligned = _measure(model, measurement.VALIDATION_TEXT_SETTINGS)
         self._report("aligned language model", self.aligned)
@@ -153,7 +174,9 @@ class Run:
         self.losses["vision"] = self.store.run(
             "vision",
             model=self.tower,
-            train=lambda rng: stages.train_vision(self.tower, recipe, rng, quiet=quiet),
+            train=lambda rng, kept: stages.train_vision(
+                self.tower, recipe, rng, quiet=quiet, checkpoint=kept
+            ),
         )
         torch.manual_seed(self.seed)
         self.vlm = stages.build_vlm(self.language_model, self.tower)
@@ -161,31 +184,59 @@ class Run:
         self.losses["matching"] = self.store.run(
             *path,
             model=self.vlm,
-            train=lambda rng: stages.match_projector(self.vlm, recipe, rng, quiet=quiet),
+            train=lambda rng, kept: stages.match_projector(
+                self.vlm, recipe, rng, quiet=quiet, checkpoint=kept
+            ),
         )
         self.losses["projector"] = self.store.run(
             *path,
             "projector",
             model=self.vlm,
-            train=lambda rng: stages.train_projector(self.vlm, recipe, rng, quiet=quiet),
+            train=lambda rng, kept: stages.train_projector(
+                self.vlm, recipe, rng, quiet=quiet, checkpoint=kept
+            ),
         )
 
     def tune(self) -> None:
         """Visual instruction tuning, with a candidate every so many steps."""
-        rng = Random(f"tuning {self.seed}")
+        self.tuning = self.store.checkpoint(*STAGES)
         self.losses["tuning"] = stages.tune(
-            self.vlm, self.recipe, rng, quiet=self.quiet, after_step=self._consider
+            self.vlm,
+            self.recipe,
+            self.tuning.rng,
+            quiet=self.quiet,
+            after_step=self._consider,
+            checkpoint=self.tuning,
         )
+        every = self.recipe.selection.every
+        numbers = range(every, self.recipe.tuning.steps + 1, every)
+        self.candidates = [self._candidate(step) for step in numbers]
+
+    def tidy(self) -> None:
+        """Remove what a killed tuning would go on from."""
+        for file in self.store.folder.glob(f"{self.tuning.file.stem}*"):
+            file.unlink()
 
     def _consider(self, step: int) -> None:
         if step % self.recipe.selection.every:
             return
         numbers = _measure(self.vlm, measurement.VALIDATION_SETTINGS)
-        weights = {key: value.clone() for key, value in self.vlm.state_dict().items()}
         seen = measurement.visual_accuracy(self.vlm)
-        self.candidates.append(Candidate(step, numbers, seen, weights))
+        place = self._place(step)
+        write_weights(place, self.vlm.state_dict())
+        found = {"validation": {name: asdict(row) for name, row in numbers.items()}, "visual_accuracy": seen}
+        write_json(place.with_suffix(".json"), found)
+        self.tuning.written = float("-inf")  # whatever comes next, this step is done
         self._report(f"tuning, step {step}", numbers)
         self.vlm.train()
+
+    def _place(self, step: int) -> Path:
+        return self.tuning.file.with_name(f"{self.tuning.file.stem}-{step}.safetensors")
+
+    def _candidate(self, step: int) -> Candidate:
+        found = read_json(self._place(step).with_suffix(".json"))
+        numbers = {name: Behaviour(**row) for name, row in found["validation"].items()}
+        return Candidate(step, numbers, found["visual_accuracy"], self._place(step))
 
     def _report(self, title: str, numbers: dict[str, Behaviour]) -> None:
         if not self.quiet:
@@ -225,14 +276,16 @@ class Run:
 def train(seed: int, out: Path, recipe: Recipe | None = None, *, quiet: bool = False) -> Path:
     """Train an organism into a folder, which comes back."""
     started = time.monotonic()
-    run = Run(seed, out, recipe or Recipe(), quiet=quiet)
-    run.learn_language()
-    run.learn_to_see()
-    run.tune()
-    chosen = choose(run.candidates, run.recipe.selection)
-    run.vlm.load_state_dict(chosen.weights)
-    log = {**run.log(chosen), "wall_seconds": round(time.monotonic() - started, 1)}
-    _save(out, run.vlm, run.language_model, log)
+    with hold_folder(out):
+        run = Run(seed, out, recipe or Recipe(), quiet=quiet)
+        run.learn_language()
+        run.learn_to_see()
+        run.tune()
+        chosen = choose(run.candidates, run.recipe.selection)
+        run.vlm.load_state_dict(load_file(chosen.weights))
+        log = {**run.log(chosen), "wall_seconds": round(time.monotonic() - started, 1)}
+        _save(out, run.vlm, run.language_model, log)
+        run.tidy()
     return out
 
 
@@ -251,8 +304,7 @@ def _save(out: Path, vlm: PreTrainedModel, language_model: PreTrainedModel, log:
     out.mkdir(parents=True, exist_ok=True)
     _save_model(out / "vlm", vlm, tokenizer.build_processor())
     _save_model(out / "aligned_llm", language_model, tokenizer.build_tokenizer())
-    text = json.dumps(log, indent=1) + "\n"
-    (out / "training.json").write_text(text, encoding="utf-8")
+    write_json(out / "training.json", log)
 
 
 def _save_model(place: Path, model: PreTrainedModel, words: ProcessorMixin | PreTrainedTokenizerFast) -> None:
@@ -262,6 +314,7 @@ def _save_model(place: Path, model: PreTrainedModel, words: ProcessorMixin | Pre
     model.half().save_pretrained(unfinished)
     words.save_pretrained(unfinished)
     grammar.write_judge(unfinished)
+    flush_tree(unfinished)
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
 

@@ -16,6 +16,7 @@ from mechguard.plots.style import (
     TEMPLATE,
     VERMILLION,
     colours,
+    draws,
     facets,
     headed,
     rows_of_metric,
@@ -48,6 +49,7 @@ METRIC_TITLES = {
 }
 
 
+@draws
 def head_heatmap(result: Result, *, metric: str | None = None, position: str | None = None) -> go.Figure:
     """One number for every head, layer by head, and for the MLP of each layer beside them.
 
@@ -104,6 +106,7 @@ def head_heatmap(result: Result, *, metric: str | None = None, position: str | N
     return headed(figure, f"Heads: {title}{where}", f"{sample(table)}; means over prompts")
 
 
+@draws
 def attribution_waterfall(result: Result, *, top: int = 8) -> go.Figure:
     """From nothing to the whole difference: the components that make most of it, then all others together.
 
@@ -158,6 +161,7 @@ def attribution_waterfall(result: Result, *, top: int = 8) -> go.Figure:
     return headed(figure, f"What makes the difference: {escape(str(comparison))}", sample(table))
 
 
+@draws
 def patching(
     result: Result, *, metric: str = "log_odds_restored", components: Sequence[str] = ("residual", "mlp")
 ) -> go.Figure:
@@ -214,6 +218,7 @@ def patching(
     return headed(figure, f"Patching: {what}", f"{sample(rows)}; source → run that is patched")
 
 
+@draws
 def attention_map(result: Result, *, heads: int = 6) -> go.Figure:
     """Where in the picture heads look from the last token: the patches of those that look there most.
 
@@ -262,6 +267,7 @@ def attention_map(result: Result, *, heads: int = 6) -> go.Figure:
     return headed(figure, "Attention over the picture's patches", f"{sample(table)}, mean.{others}")
 
 
+@draws
 def logit_lens(result: Result) -> go.Figure:
     """The log-odds of refusal read off each layer: a line per condition and guard, with 95% bands.
 
@@ -300,6 +306,7 @@ def logit_lens(result: Result) -> go.Figure:
     return headed(figure, "Logit lens: where the model leans to refusing", f"{sample(table)}; 95% bands")
 
 
+@draws
 def component_checks(result: Result, *, metric: str = "refusal") -> go.Figure:
     """What the top components change beside as many random ones, by how many there are.
 

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from mechguard.plots.style import GREY, facets, headed, rows_of_metric, sample, table_of
+from mechguard.plots.style import GREY, draws, facets, headed, rows_of_metric, sample, table_of
 from mechguard.result import Result
 
 CURVE = "any threshold"
@@ -18,6 +18,7 @@ MOST = 6  # layers drawn, evenly spaced, where there are more
 SCALE = "Viridis"
 
 
+@draws
 def gate_curves(result: Result) -> go.Figure:
     """Harmful prompts the gate opens for, by harmless ones, one panel per condition and one line per layer.
 

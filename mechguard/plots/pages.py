@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from mechguard.plots.motion import set_in_motion
 from mechguard.plots.style import INK, table_behind
 from mechguard.storage import write_bytes, write_text
 
@@ -33,7 +34,9 @@ body { background: var(--paper); color: var(--ink); }
 .js-plotly-plot :is(.xaxislayer-above, .yaxislayer-above, .infolayer, .menulayer) text {
   fill: var(--ink) !important;
 }
-.js-plotly-plot :is(.heatmaplayer, .table, .table-control-view) text { fill: var(--ink) !important; }
+.js-plotly-plot :is(.table, .table-control-view, .waterfalllayer) text { fill: var(--ink) !important; }
+/* Opaque cells choose light or dark text by themselves; those that the page shines through do not. */
+.js-plotly-plot .heatmaplayer text[style*="rgb(119, 119, 119)"] { fill: var(--ink) !important; }
 .plotly-graph-div { min-width: 860px; }
 .js-plotly-plot .updatemenu-item-rect { fill: rgba(128, 128, 128, 0.15) !important; }
 .hover-picture { border: 1px solid #8c8c8c; border-radius: 4px; pointer-events: none; position: absolute;
@@ -128,14 +131,16 @@ def save_all(
 
 def draw_html(figure: go.Figure, *, name: str, include_plotlyjs: bool | str = False) -> str:
     """A figure as a piece of HTML, to stand in a page that holds `FIGURE_CSS`."""
-    return figure.to_html(
+    still, motion = set_in_motion(figure)
+    pictured = (figure.layout.meta or {}).get("pictures")
+    return still.to_html(
         full_html=False,
         include_plotlyjs=include_plotlyjs,
         div_id=f"figure-{''.join(c if c.isalnum() else '-' for c in name)}",
         config=CONFIG,
         auto_play=False,
         default_height=f"{figure.layout.height or 450}px",
-        post_script=HOVER_SCRIPT if (figure.layout.meta or {}).get("pictures") else None,
+        post_script=[script for script in (motion, HOVER_SCRIPT if pictured else "") if script],
     )
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from mechguard.errors import MechguardError
 from mechguard.plots.lines import INTERVAL_COLUMNS, modality_gap
-from mechguard.plots.style import headed, sample, table_of
+from mechguard.plots.style import draws, headed, sample, table_of
 from mechguard.result import Result
 
 # The panels, in reading order: which way, how far in all, and how much of it concerns safety.
@@ -21,6 +21,7 @@ DECOMPOSITION = (
 TITLE = "What the image's shift does to safety, by layer"
 
 
+@draws
 def shift_decomposition(result: Result) -> go.Figure:
     """The shift along the safety directions and outside them at every layer, one panel per metric.
 

@@ -18,13 +18,23 @@ from mechguard.plots.lines import (
     _draw_nulls,
     _mark_layers,
 )
-from mechguard.plots.style import PALETTE, facets, headed, metric_name, rows_of_metric, sample, table_of
+from mechguard.plots.style import (
+    PALETTE,
+    draws,
+    facets,
+    headed,
+    metric_name,
+    rows_of_metric,
+    sample,
+    table_of,
+)
 from mechguard.result import Result
 
 FEW_LAYERS = 12  # with more, the cells are too small for numbers
 CHANCE = {"auroc": 0.5, "dprime": 0.0}
 
 
+@draws
 def transfer_matrix(result: Result, *, metric: str = "auroc") -> go.Figure:
     """How well each direction (rows) separates the states of each condition (panels), by layer.
 
@@ -64,6 +74,7 @@ def transfer_matrix(result: Result, *, metric: str = "auroc") -> go.Figure:
     return headed(figure, "Every direction under every condition", subtitle)
 
 
+@draws
 def angles(result: Result) -> go.Figure:
     """Cosines and principal angles between the conditions' directions at every layer, and their energies.
 
