@@ -54,7 +54,7 @@ build/notebooks/%.html: notebooks/%.py $(CODE) $(INSTALLED)
 # The site in build/site, warnings as errors. Tutorials have pictures where `make notebooks` has run.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html (for its search: python3 -m http.server -d build/site)"
 
 $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -38,8 +38,8 @@ LINKS = {
     "figures/README.md": "figures/README.md",
     "tests/test_walls.py": None,
 }
-SHIM = "https://unpkg.com/iframe-worker/shim"  # what the plugin `offline` would load
 LOADS = r"""<(?:script|img|iframe|link(?![^>]*canonical))\b[^>]*\b(?:src|href)="?(?:https?:)?//[^"\s>]+"""
+WIDE = "---\nhide: [toc]\n---\n\n"  # a page whose figures want the room
 ALONE = "---\nhide: [navigation]\n---\n\n"  # a page without others beside it
 TABLE_ROW = "| [`mg.{name}`][{path}] | {summary} |\n"
 
@@ -110,14 +110,9 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """The search's helper from here; a site that loads anything from elsewhere is refused."""
-    site = Path(config.site_dir)
-    for path in site.rglob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        up = "../" * (len(path.relative_to(site).parts) - 1)
-        if SHIM in text:
-            path.write_text(text := text.replace(SHIM, f"{up}assets/worker.js"), encoding="utf-8")
-        if found := re.search(LOADS, text):
+    """Refuse a site that loads anything from elsewhere."""
+    for path in Path(config.site_dir).rglob("*.html"):
+        if found := re.search(LOADS, path.read_text(encoding="utf-8")):
             raise SystemExit(f"{path} loads from elsewhere: {found[0][:200]}")
 
 
@@ -179,7 +174,7 @@ def tutorial(path: Path) -> str:
     notebook = jupytext.read(executed if executed.is_file() else path)
     outputs = _outputs.setdefault(f"tutorials/{path.stem}.md", [])
     outputs.clear()
-    parts = [f'<script src="../{PLOTLY}"></script>\n'] if executed.is_file() else []
+    parts: list[str] = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             parts.append(re.sub(r"\((\d\d_\w+)\.py\)", r"(\1.md)", cell.source))

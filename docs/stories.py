@@ -7,6 +7,7 @@ writes 01_quickstart.ipynb with its outputs and 01_quickstart.html, which opens 
 
 from __future__ import annotations
 
+import base64
 import html
 import os
 import re
@@ -15,6 +16,8 @@ from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 CELL_SECONDS = 1200  # more than any cell takes on the organism
 BAR = "application/vnd.jupyter.widget-view+json"
@@ -65,8 +68,18 @@ def draw_figure(figure: dict[str, Any], name: str) -> str:
 
     from mechguard.plots.pages import draw_html
 
-    parts = {part: figure[part] for part in ("data", "layout", "frames") if part in figure}
+    parts = {part: unpacked(figure[part]) for part in ("data", "layout", "frames") if part in figure}
     return draw_html(go.Figure(parts), name=name)
+
+
+def unpacked(value: Any) -> Any:
+    """A part of a stored figure with its packed arrays as arrays."""
+    if isinstance(value, dict):
+        if {"dtype", "bdata"} <= set(value):
+            array = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+            return array.reshape([int(size) for size in str(value.get("shape", -1)).split(",")])
+        return {name: unpacked(inner) for name, inner in value.items()}
+    return [unpacked(inner) for inner in value] if isinstance(value, list) else value
 
 
 def draw_page(notebook: Any, name: str) -> str:

@@ -83,8 +83,9 @@ mg.plots.behaviour(table)
 # %% [markdown]
 # Projection removes the component along the directions from *every* state, and the language model refuses
 # by that component: removing it is known as ablating refusal (Arditi et al., arXiv 2406.11717). Compare the
-# complete refusals of *projection* with those of *none* above. Attack success alone would not show it: an
-# answer that is neither a refusal nor of use counts as neither.
+# complete refusals of *projection* with those of *none* above. Attack success alone need not show it: an
+# answer that is neither a refusal nor of use counts as neither. In the README's demo, with more directions at
+# more layers, projection lowers attack success, and leaves neither refusals nor help.
 
 # %%
 import pandas as pd

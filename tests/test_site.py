@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -106,6 +107,9 @@ def test_the_examples_of_a_guide_run(page: Path, organism: mg.VLM, tmp_path, mon
 
 def test_the_messages_that_are_explained_are_the_codes_own(site: ModuleType):
     real = [message for said in site.messages().values() for message in said]
+    for path in Path(mg.__file__).parent.rglob("*.py"):  # those that a function of their own composes
+        strings = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr))
+        real += map(site.words, strings)
     explained = re.findall(r"^- (`{1,2})(.+?)\1$", (DOCS / "errors.md").read_text(), re.MULTILINE)
     assert len(explained) > 30
     for _, shown in explained:
