@@ -71,7 +71,7 @@ organism-check: install
 
 # Kills, mutated files and a soak at full length: about half an hour.
 robustness: install
-	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/test_kills.py
+	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m long tests/test_kills.py tests/test_shards.py
 	$(BIN)/python tests/fuzz.py --count 10000
 	GOMP_SPINCOUNT=2000 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --count 2000
 

@@ -22,7 +22,7 @@ def test_mutated_files_are_read_or_refused():
         assert outcomes[f"{kind}: refused"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_mutated_files_are_read_or_refused():
     assert not fuzz.run(10_000, seed=0)["wrong"]
 

@@ -74,7 +74,7 @@ def test_a_run_killed_between_its_file_operations_ends_in_the_same_files(forker,
     )  # whoever holds a folder sweeps it up; beside a single file it is ignored
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("job", list(jobs.JOBS))
 def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_files(forker, tmp_path, job):
     """Half of the kills come after a random time, half before a random file operation."""

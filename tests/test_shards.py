@@ -367,7 +367,7 @@ def measure(n: int, folder: Path) -> tuple[float, float]:
     return memory, seconds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     (small, short), (large, long) = measure(1000, tmp_path), measure(10_000, tmp_path)
     print(f"peak memory {large / small:.2f} x, time {long / short:.1f} x, for 10 x the prompts")
