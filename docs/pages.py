@@ -184,11 +184,10 @@ def tutorial(path: Path) -> str:
                 if shown := draw_output(output, f"{path.stem}-{len(outputs)}"):
                     parts.append(placeholder(len(outputs)))
                     outputs.append(shown)
-    if not executed.is_file():
-        parts.insert(
-            1, "!!! note\n\n    Without outputs: `make notebooks` runs the notebooks, and adds them here."
-        )
-    return "\n\n".join(parts)
+    script = f'<script src="../{PLOTLY}"></script>'
+    note = "!!! note\n\n    Without outputs: `make notebooks` runs the notebooks and adds them."
+    parts.insert(1, script if executed.is_file() else note)  # behind the title
+    return WIDE + "\n\n".join(parts)
 
 
 def placeholder(number: int) -> str:

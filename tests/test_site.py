@@ -155,6 +155,20 @@ def test_the_gallery_says_what_n_every_picture_rests_on_and_is_small(gallery: Mo
     assert sum(path.stat().st_size for path in (ROOT / "figures").glob("*.*")) < 6e6
 
 
+def test_a_tutorial_with_figures_has_the_script_that_draws_them(site: ModuleType, tmp_path, monkeypatch):
+    import nbformat
+
+    story = site.notebooks()[0]
+    figure = {"data": [{"type": "bar", "y": {"dtype": "f8", "bdata": "AAAAAAAA8D8="}}], "layout": {}}
+    output = nbformat.v4.new_output("display_data", {"application/vnd.plotly.v1+json": figure})
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("1", outputs=[output])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{story.stem}.ipynb")
+    monkeypatch.setattr(site, "EXECUTED", tmp_path)
+    page = site.tutorial(story)
+    assert page.index("# Title") < page.index(site.PLOTLY) < page.index(site.placeholder(0))
+    assert "Plotly.newPlot" in site._outputs[f"tutorials/{story.stem}.md"][0]
+
+
 def test_a_page_of_a_notebook_loads_nothing_from_elsewhere():
     import nbformat
 
