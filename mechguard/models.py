@@ -294,6 +294,8 @@ class VLM:
         See `pictures.FeatureCache`.
         """
         encoded = self.encode(prompts)
+        if self.remote:  # what encodes pictures is not here
+            return encoded
         return self.picture_features.fill(self.hf_model, encoded, sum(len(one.images) for one in prompts))
 
     def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:

@@ -523,6 +523,7 @@ def _trace_states(
     runs = set(model.parts.running(with_picture=any(prompt.images for prompt in batch)))
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
     traced, door = model.traced, model.door
+    device = "cpu" if model.remote else model.device  # where layers that lie on several meet
     with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door) as tracer:
         found = []
         state: Tensor = torch.empty(0)
@@ -532,7 +533,7 @@ def _trace_states(
                     layer.output = steering(number, layer.output)
                 state = layer.output
             if number in wanted:
-                found.append(read(state).to(model.device, torch.float32))
+                found.append(read(state).to(device, torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
         tracer.stop()
     return states.to("cpu")

@@ -1,6 +1,7 @@
 """The same request in two sets: found whatever its spelling, and said where it is fitted on and tested on."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, prompts: mg.Prompts, *guards: mg.G
 
     monkeypatch.setattr(evaluation, "gather_responses", stop)
     with pytest.raises(Stop):
-        mg.evaluate(None, prompts, guards=guards)
+        mg.evaluate(SimpleNamespace(folder=None), prompts, guards=guards)
 
 
 def test_guards_that_are_tested_on_their_own_prompts_are_named_in_one_warning(tmp_path, monkeypatch):
@@ -165,7 +166,7 @@ def run_study(monkeypatch: pytest.MonkeyPatch, vlm: mg.VLM, prompts: study.Study
         warnings.warn("again", OverlapWarning, stacklevel=1)  # as every step of the study would
         return out
 
-    monkeypatch.setattr(study, "load_study_prompts", lambda folder, limit: prompts)
+    monkeypatch.setattr(study, "load_study_prompts", lambda folder, limit, **options: prompts)
     monkeypatch.setattr(study.Study, "run", go)
     mg.run_study(vlm, out=out, data="anywhere", progress=False)
 

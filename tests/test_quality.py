@@ -1,6 +1,5 @@
 """Quality of responses: the numbers that transformers and a hand give."""
 
-import json
 import math
 
 import pandas as pd
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 import mechguard as mg
+from mechguard.storage import read_lines, write_lines
 
 TEXTS = ["sure here is a cake .", "", "cake cake cake cake cake cake", "i cannot help with that ."]
 
@@ -50,8 +50,7 @@ def test_without_the_request_a_response_stands_alone(vlm, responses):
 def test_perplexities_are_stored_and_taken_from_the_store(vlm, responses, tmp_path):
     path = tmp_path / "p.jsonl"
     first = mg.measure_perplexity(vlm, responses, out=path, progress=False)
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**row, "nll": 7.0}) + "\n" for row in kept))
+    write_lines(path, [{**row, "nll": 7.0} for row in read_lines(path)])
     again = mg.measure_perplexity(vlm, responses, out=path, progress=False)
     assert set(again["nll"]) == {7.0}
     assert first["key"].tolist() == again["key"].tolist()
