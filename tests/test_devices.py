@@ -43,7 +43,8 @@ def test_a_remote_model_gives_the_same_states_without_weights_here(llava_folder,
         (away.llm, here.llm, asked),
     ):
         states = [mg.collect(model, sent, position="last_text", **QUIET) for model in (ours, theirs)]
-        assert torch.allclose(states[0].data, states[1].data, atol=1e-6)
+        # Here a picture is encoded by itself, there with its batch.
+        assert torch.allclose(states[0].data, states[1].data, atol=2e-5)
         assert states[0].name == states[1].name
     logits = [mg.predict_next_tokens(model, asked.with_image("blank"), **QUIET) for model in (away, here)]
     assert torch.allclose(*logits, atol=1e-5)
