@@ -102,7 +102,7 @@ def state_map(result: Result, *, dimensions: Literal[2, 3] = 2, arrows: bool = T
     # The slider and margins that follow the axes push each other around; here the margins stand still.
     figure.update_xaxes(automargin=False).update_yaxes(automargin=False)
     if dimensions == 3:
-        figure.update_layout(margin={"l": 0, "b": 115}, scene_camera_eye={"x": 1.65, "y": 1.65, "z": 0.95})
+        figure.update_layout(margin={"l": 0}, scene_camera_eye={"x": 1.65, "y": 1.65, "z": 0.95})
     figure.update_layout(sliders=[layer_slider(list(layers))], updatemenus=[play_buttons()])
     layered(figure, "frames")
     return figure.update_layout(meta={**figure.layout.meta, "pictures": result.about.get("pictures", {})})

@@ -154,7 +154,7 @@ def layered(figure: go.Figure, way: str) -> go.Figure:
     return figure.update_layout(meta={**(figure.layout.meta or {}), "layer": way})
 
 
-def layer_slider(layers: Sequence[int], *, left: float = 0.1, down: int = 45) -> dict[str, Any]:
+def layer_slider(layers: Sequence[int], *, left: float = 0.14, down: int = 45) -> dict[str, Any]:
     """A slider over frames named by layer."""
     jump = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"method": "animate", "label": str(layer), "args": [[str(layer)], jump]} for layer in layers]
