@@ -20,7 +20,7 @@ def component(
     hidden: Float[Tensor, "*rows d_model"], basis: Float[Tensor, "rank d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
     """The part of `hidden` that lies in the span of the orthonormal rows of `basis`: h V^T V."""
-    return (hidden @ basis.T) @ basis
+    return torch.nn.functional.linear(hidden, basis) @ basis
 
 
 def project_out(

@@ -13,7 +13,6 @@ full passes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from mechguard.guards.guard import Guard
 from mechguard.guards.steering import Steering
+from mechguard.kv_cache import OPTIONS, grows, with_room
 from mechguard.models import VLM
 
 LIMIT = 2**31  # bytes of keys and values that a sweep keeps
@@ -72,7 +72,7 @@ class Prefix:
         acting = [number for number in self._calls if number in steering.layers]
         if not acting:
             return self.plain
-        cache = None if self._cache is None else copy_cache(self._cache)
+        cache = None if self._cache is None else with_room(self._cache, 0)
         hidden = steering(acting[0], self._calls[acting[0]].output)
         for number, call in self._calls.items():
             if number <= acting[0]:
@@ -113,13 +113,12 @@ def _read_last(model: VLM, encoded: dict[str, Any]) -> Prefix | None:
         final["position_ids"] = encoded["position_ids"][..., -1:]
     with torch.no_grad():
         cache = model.hf_model(**before, **model.last_logits, use_cache=True).past_key_values
-        if not _copyable(cache):
+        if not grows(cache):
             return None
         try:
             with _listening(model) as calls:
-                step = model.hf_model(**final, past_key_values=copy_cache(cache), use_cache=True).logits[
-                    :, -1
-                ]
+                own = with_room(cache, 0)
+                step = model.hf_model(**final, past_key_values=own, use_cache=True).logits[:, -1]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a family whose positions `generate` alone knows how to continue (Qwen-VL)
@@ -167,25 +166,28 @@ class PromptCache:
     size: int = 0
     known: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
-    def inputs(self, model: VLM, key: str, encode: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def inputs(
+        self, model: VLM, key: str, encode: Callable[[], dict[str, Any]], *, room: int
+    ) -> dict[str, Any]:
         """What to give `generate`: tokens, mask, and where the model allows it the keys and values.
 
         Args:
             key: says what is sent.
             encode: gives it encoded.
+            room: how many tokens will be generated.
         """
         if model.hf_model is not self.hf_model:
             return encode()
         if key in self.known:
             held = self.known[key]
-            return encode() if held is None else _with_copy(held)
+            return encode() if held is None else _with_copy(held, room)
         encoded = encode()
         held = _read_cache(model, encoded)
         size = 0 if held is None else _bytes_of(held["past_key_values"])
         if self.size + size <= self.limit:
             self.known[key] = held
             self.size += size
-        return encoded if held is None else _with_copy(held)
+        return encoded if held is None else _with_copy(held, room)
 
 
 @contextmanager
@@ -209,7 +211,7 @@ def shared_prompts() -> PromptCache | None:
 def continues(settings: dict[str, Any]) -> bool:
     """Whether a generation with these settings can go on from a prompt's keys and values."""
     one = all(settings.get(name, 1) == 1 for name in ("num_beams", "num_return_sequences"))
-    return one and not {"past_key_values", "cache_implementation", "use_cache"} & set(settings)
+    return one and not OPTIONS & set(settings)
 
 
 def _read_cache(model: VLM, encoded: dict[str, Any]) -> dict[str, Any] | None:
@@ -226,31 +228,16 @@ def _read_cache(model: VLM, encoded: dict[str, Any]) -> dict[str, Any] | None:
     }
     with torch.no_grad():
         cache = model.hf_model.generate(**before, **settings).past_key_values
-        if not _copyable(cache):
+        if not grows(cache):
             return None
         held = {**tokens, "past_key_values": cache}
-        found = model.hf_model.generate(**_with_copy(held), **settings).logits[0]
+        found = model.hf_model.generate(**_with_copy(held, 1), **settings).logits[0]
         wanted = model.hf_model.generate(**encoded, **settings).logits[0]
     return held if _agree(found, wanted) else None
 
 
-def _with_copy(held: dict[str, Any]) -> dict[str, Any]:
-    return {**held, "past_key_values": copy_cache(held["past_key_values"])}
-
-
-def copy_cache(cache: Any) -> Any:
-    """A cache that grows by itself, over the same tensors: layers that grow make new ones."""
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    return own
-
-
-def _copyable(cache: Any) -> bool:
-    """Whether a cache is one of growing keys and values alone, and can be shared so."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    growing = (DynamicLayer, DynamicSlidingWindowLayer)
-    return isinstance(cache, DynamicCache) and all(type(layer) in growing for layer in cache.layers)
+def _with_copy(held: dict[str, Any], room: int) -> dict[str, Any]:
+    return {**held, "past_key_values": with_room(held["past_key_values"], room)}
 
 
 def _bytes_of(cache: Any) -> int:

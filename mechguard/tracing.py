@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from mechguard.activations import Activations
 from mechguard.errors import MechguardError, PictureError, first_line
 from mechguard.guards import Guard
 from mechguard.guards.steering import AnyGuard, States, Steering
+from mechguard.kv_cache import roomy_cache
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
 from mechguard.prefixes import Prefix, continues, only_last, read_prefix, shared_prompts
@@ -524,6 +526,7 @@ def _trace_states(
     walked = list(enumerate(model.traced_layers))[: max(layers) + 1]
     traced, door = model.traced, model.door
     device = "cpu" if model.remote else model.device  # where layers that lie on several meet
+    stops: list[BaseException] = []
     with torch.no_grad(), traced.trace(**encoded, use_cache=False, **door) as tracer:
         found = []
         state: Tensor = torch.empty(0)
@@ -535,8 +538,25 @@ def _trace_states(
             if number in wanted:
                 found.append(read(state).to(device, torch.float32))
         states = torch.stack(found).save()  # type: ignore[attr-defined]
-        tracer.stop()
+        try:
+            tracer.stop()
+        except Exception as stop:
+            stops.append(stop)
+            raise
+    _release(stops)
     return states.to("cpu")
+
+
+def _release(stops: list[BaseException]) -> None:
+    """Free what stopped a trace.
+
+    It and the frames that it went through hold each other, and with them hidden states, which otherwise stay
+    until garbage is collected: three of [batch, pos, d_model] for every batch.
+    """
+    while stops:
+        stop = stops.pop()
+        clear_frames(stop.__traceback__)
+        stop.__traceback__ = None
 
 
 def _trace_logits(
@@ -590,7 +610,7 @@ def _shared_logits(
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
     encoded = _encode(model, batch, (), settings)
     with torch.no_grad():
-        sequences = model.hf_model.generate(**encoded, **settings)
+        sequences = model.hf_model.generate(**encoded, **_with_cache(model, encoded, settings))
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
 
 
@@ -605,6 +625,7 @@ def _guarded_responses(
     steps = slice(1) if only_prompt else slice(None)
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
     steered = [(number, model.traced_layers[number]) for number in runs if number in steering.layers]
+    settings = _with_cache(model, encoded, settings)
     traced = model.traced
     with torch.no_grad(), warnings.catch_warnings():
         # An answer that ends early is how an open loop over its tokens ends.
@@ -667,7 +688,13 @@ def _encode(
     shared = shared_prompts()
     if settings is None or shared is None or not only_last(guards) or not continues(settings):
         return model.encode_once(rows)
-    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows))
+    room = settings["max_new_tokens"]
+    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows), room=room)
+
+
+def _with_cache(model: VLM, encoded: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a generation, with a cache that does not copy itself at every token."""
+    return settings if "past_key_values" in encoded else {**roomy_cache(model.hf_model, settings), **settings}
 
 
 def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher: VLM) -> States:

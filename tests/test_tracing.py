@@ -1,6 +1,7 @@
 """Traces: equal to plain transformers, equal for a batch and a row, and steered as the guard says."""
 
 import contextlib
+import gc
 
 import pytest
 import tiny
@@ -51,6 +52,21 @@ def test_traced_states_equal_plain_hugging_face_hidden_states(vlm, prompts, cond
     traced = quiet(vlm, sent, batch_size=1).data
     expected = torch.stack([plain_states(vlm, prompt) for prompt in sent], dim=1)
     assert_close(traced, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_stopped_trace_leaves_no_hidden_states_for_the_garbage_collector(vlm, prompts, ssd, guarded):
+    guard = mg.projection(ssd, layers=[1]) if guarded else None
+    quiet(vlm, prompts[:2], guard=guard)
+    gc.collect()
+    gc.disable()
+    try:
+        quiet(vlm, prompts[:2], guard=guard)
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        wide = [one for one in tensors if one.ndim == 3 and one.shape[0] == 2 and one.shape[2] == vlm.d_model]
+        assert not wide, [tuple(one.shape) for one in wide]
+    finally:
+        gc.enable()
 
 
 def test_states_are_those_before_the_final_norm(vlm, prompts):

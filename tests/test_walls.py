@@ -18,7 +18,7 @@ PACKAGE = Path(mg.__file__).parent
 ROWS = [
     {"errors", "thumbnails", "cards"},
     {"storage", "processes"},
-    {"shards", "result", "prompts", "families", "interventions", "caching", "pictures"},
+    {"shards", "result", "prompts", "families", "interventions", "caching", "pictures", "kv_cache"},
     {"overlaps", "statistics", "moments"},
     {"datasets", "activations", "organism", "plots", "chat", "checkpoints", "processors"},
     {"models", "directions", "summary", "findings", "judges"},

@@ -54,12 +54,12 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """h' = h + g move(h, q), at some layers and positions.
+    """h' = move(h, q) where the gate is open, at some layers and positions.
 
     Attributes:
         name: how tables call it.
         layers: the decoder layers it acts on; none for a guard of prompts.
-        move: what is added to a state; None for a guard of prompts.
+        move: what becomes of a state; None for a guard of prompts.
         gate: which rows are open; None means all.
         source: what q is: "own" (each position itself), "last" (the last prompt token of the same pass,
             broadcast), "llm" (the language model's last token of the same text query), or "llm-stream" (the
@@ -159,7 +159,8 @@ class Guard:
         if self.move is None:
             return hidden
         wide = hidden.to(torch.float32)
-        moved = wide + self.move(self.layers.index(layer), wide, query.to(wide))
+        supervising = wide if query is hidden else query.to(wide)
+        moved = self.move(self.layers.index(layer), wide, supervising)
         if self.keep_norm:
             moved = moved * (
                 wide.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -1,8 +1,8 @@
 """Moves: what a guard does to a hidden state, as pure functions of tensors.
 
-Each move is fitted tensors and a few numbers. Called with the states of one layer it returns the shift to
-add to them, in float32: h' = h + shift(h, q). q is what supervises: the state itself, the last prompt
-token's, or the language model's (see `Guard.source`).
+Each move is fitted tensors and a few numbers. Called with the states h of one layer, in float32, it returns
+what becomes of them. q is what supervises: the state itself, the last prompt token's, or the language model's
+(see `Guard.source`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechguard.directions import Directions
 from mechguard.errors import MechguardError
+from mechguard.interventions import component
 
 States = Float[Tensor, "batch pos d_model"]
 Query = Float[Tensor, "batch one_or_pos d_model"]
@@ -36,7 +37,7 @@ class Move(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Realign:
-    """alpha (q - center) V^T V - project (h - center) V^T V: VLM-Guard's, and its kin.
+    """h' = h + alpha (q - center) V^T V - project (h - center) V^T V: VLM-Guard's, and its kin.
 
     Attributes:
         basis: V, [layer, rank, d_model], orthonormal rows.
@@ -52,14 +53,16 @@ class Realign:
     centers: Float[Tensor, "layer d_model"] | None = None
 
     def __call__(self, row: int, hidden: States, query: Query) -> States:
-        # The sum is taken in the subspace: it has `rank` numbers a position, not d_model.
-        basis = self.basis[row]
-        along: Tensor | float = 0.0
-        if self.alpha:
-            along = self.alpha * (self._centred(query, row) @ basis.T)
-        if self.project:
-            along = along - self.project * (self._centred(hidden, row) @ basis.T)
-        return torch.zeros_like(hidden) if isinstance(along, float) else (along @ basis).expand_as(hidden)
+        # It runs at every token, and what it costs there is the number of operations.
+        moved, project = hidden, float(self.project)
+        if query is hidden:
+            project -= self.alpha
+        elif self.alpha:
+            moved = torch.add(moved, self._along(query, row), alpha=self.alpha)
+        return torch.add(moved, self._along(hidden, row), alpha=-project) if project else moved
+
+    def _along(self, states: Tensor, row: int) -> Tensor:
+        return component(self._centred(states, row), self.basis[row])
 
     def _centred(self, states: Tensor, row: int) -> Tensor:
         return states if self.centers is None else states - self.centers[row]
@@ -79,7 +82,7 @@ class Realign:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """A sum of vectors, each with a coefficient that may depend on the state.
+    """h' = h + a sum of vectors, each with a coefficient that may depend on the state.
 
     Attributes:
         vectors: [layer, count, d_model], with their lengths.
@@ -113,10 +116,10 @@ class Add:
         for number, vector in enumerate(self.vectors[row]):
             shift = shift + self._weight(row, number, hidden, query) * vector
         if self.coefficient != "trust":
-            return shift
+            return hidden + shift
         limit = self.radius * hidden.norm(dim=-1, keepdim=True)
         length = shift.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return shift * torch.minimum(torch.ones_like(length), limit / length)
+        return hidden + shift * torch.minimum(torch.ones_like(length), limit / length)
 
     def _weight(self, row: int, number: int, hidden: States, query: Query) -> Tensor:
         """[batch, pos or 1, 1]"""
@@ -162,7 +165,7 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class Restore:
-    """alpha (q - h_last): a part of the way from the row's last state to q, the same at every position.
+    """h' = h + alpha (q - h_last): a part of the way from its row's last state to q, alike at all positions.
 
     With the language model's state as q this takes out the shift that the picture of this very sample makes
     (CMRM, sample level).
@@ -172,7 +175,7 @@ class Restore:
     alpha: float = 1.0
 
     def __call__(self, row: int, hidden: States, query: Query) -> States:
-        return (self.alpha * (query - hidden[:, -1:])).expand_as(hidden)
+        return hidden + self.alpha * (query - hidden[:, -1:])
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -187,7 +190,7 @@ class Restore:
 
 @dataclass(frozen=True, eq=False)
 class Multiply:
-    """alpha h M: a fitted matrix (AlphaSteer, NullSteer).
+    """h' = h + alpha h M: a fitted matrix (AlphaSteer, NullSteer).
 
     Attributes:
         matrices: M, [layer, d_model, d_model], applied to row vectors.
@@ -198,7 +201,7 @@ class Multiply:
     alpha: float = 1.0
 
     def __call__(self, row: int, hidden: States, query: Query) -> States:
-        return self.alpha * hidden @ self.matrices[row]
+        return hidden + self.alpha * hidden @ self.matrices[row]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"move.matrices": self.matrices}
