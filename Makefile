@@ -102,7 +102,9 @@ bench-peers: install
 	$(BIN)/python -m venv --system-site-packages .venv-peers
 	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
 	    > $$(echo .venv-peers/lib/python*/site-packages)/ours.pth
-	.venv-peers/bin/python -m pip install --quiet --no-deps "steering-vectors==0.12.2" "repeng==0.4.0"
+	.venv-peers/bin/python -m pip install --quiet --no-deps "steering-vectors==0.12.2" "repeng==0.4.0" \
+	    "pyvene==0.1.8"
+	.venv-peers/bin/python -m pip install --quiet matplotlib
 
 format: install
 	$(BIN)/ruff check --fix .

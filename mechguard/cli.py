@@ -258,10 +258,11 @@ def report(
 
     mechguard report runs/organism
     """
-    from mechguard.report import write_figures, write_report
+    from mechguard.report import StudyFolder, write_figures, write_report
 
-    write_figures(folder, png=png)
-    typer.echo(str(write_report(folder)))
+    study = StudyFolder.read(folder)
+    write_figures(study, png=png)
+    typer.echo(str(write_report(study)))
 
 
 @app.command()

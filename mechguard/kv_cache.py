@@ -40,11 +40,12 @@ class RoomyLayer(DynamicLayer):
         """Append the keys and values of further tokens; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._grown("keys", self.keys, key_states)
-        self.values = self._grown("values", self.values, value_states)
-        return self.keys, self.values
+        keys = self.keys = self._grown("keys", key_states)
+        values = self.values = self._grown("values", value_states)
+        return keys, values
 
-    def _grown(self, name: str, held: Tensor, added: States) -> States:
+    def _grown(self, name: str, added: States) -> States:
+        held = getattr(self, name)
         start = held.shape[-2] if held.numel() else 0
         stop = start + added.shape[-2]
         place, used = self._places.get(name, (None, None))

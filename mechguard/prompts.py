@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -164,7 +165,7 @@ class Prompts(Sequence[Prompt]):
         following = ("prompts.with_image('blank')", "prompts.split()", "mg.collect(vlm, prompts)")
         return draw_card(f"Prompts: {self.name}", facts, preview=draw_table(rows), following=following)
 
-    @property
+    @cached_property
     def condition(self) -> str:
         """The condition of all prompts, or "mixed"."""
         found = {prompt.condition for prompt in self}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,8 +141,12 @@ class StudyFolder:
             return result.where(split="test")
         return result
 
-    def figures(self) -> Iterator[tuple[str, go.Figure]]:
+    @cached_property
+    def figures(self) -> dict[str, go.Figure]:
         """Every figure that the results allow, by name."""
+        return dict(self._drawn())
+
+    def _drawn(self) -> Iterator[tuple[str, go.Figure]]:
         for drawing in DRAWINGS:
             if drawing.result not in self.results:
                 continue
@@ -151,17 +155,19 @@ class StudyFolder:
                 yield drawing.name, drawing.draw(result)
 
 
-def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    study_dir: str | os.PathLike[str] | StudyFolder, *, out: str | os.PathLike[str] | None = None
+) -> Path:
     """Write the report of a study as one self-contained HTML file.
 
     Args:
-        study_dir: a folder that `mechguard study` made; nothing else is read.
+        study_dir: a folder that `mechguard study` made, or what was read of one; nothing else is read.
         out: where to write; `report.html` in that folder by default.
 
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
-    study = StudyFolder.read(study_dir)
+    study = study_dir if isinstance(study_dir, StudyFolder) else StudyFolder.read(study_dir)
     behaviour = study.reported("behaviour").table
     comparisons = compare_responses(study.responses)
     environment = Environment(
@@ -179,7 +185,7 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
         circuits=describe_circuits({name: study.results[f"circuits_{name}"] for name in study.circuits}),
         differences=describe_differences(comparisons),
         headline=headline(behaviour),
-        figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures()},
+        figures={name: Markup(draw_html(figure, name=name)) for name, figure in study.figures.items()},
         samples=sample_responses(study.responses),
         data=describe_data(study.facts),
         layers=study.layers,
@@ -192,19 +198,20 @@ def write_report(study_dir: str | os.PathLike[str], *, out: str | os.PathLike[st
     return write_text(study.folder / "report.html" if out is None else out, page)
 
 
-def write_figures(study_dir: str | os.PathLike[str], *, png: bool = False) -> list[Path]:
+def write_figures(study_dir: str | os.PathLike[str] | StudyFolder, *, png: bool = False) -> list[Path]:
     """Write each figure of a study to `figures/NAME.html`, with its table as CSV.
 
     The pages share one plotly.min.js beside them.
 
     Args:
+        study_dir: a folder that `mechguard study` made, or what was read of one.
         png: also try for PNG and PDF, some seconds each; needs kaleido and a Chromium.
 
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
-    study = StudyFolder.read(study_dir)
-    pages = {study.folder / "figures" / name: figure for name, figure in study.figures()}
+    study = study_dir if isinstance(study_dir, StudyFolder) else StudyFolder.read(study_dir)
+    pages = {study.folder / "figures" / name: figure for name, figure in study.figures.items()}
     return plots.save_all(pages, include_plotlyjs="directory", pictures=png)
 
 

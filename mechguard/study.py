@@ -40,7 +40,7 @@ from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
 from mechguard.projections import project_states, project_tokens
 from mechguard.prompts import Prompts
-from mechguard.report import write_figures, write_report
+from mechguard.report import StudyFolder, write_figures, write_report
 from mechguard.responses import default_conditions
 from mechguard.result import Result
 from mechguard.separability import measure_separability, select_layers
@@ -323,8 +323,9 @@ class Study:
             write_report(self.out)  # a model whose decision is not found still has its report
             self.circuits()
             self._describe(command, time.monotonic() - started)
-        write_figures(self.out)
-        return write_report(self.out)
+        finished = StudyFolder.read(self.out)
+        write_figures(finished)
+        return write_report(finished)
 
     def _setting(self) -> dict[str, Any]:
         chosen = choose(self.sweep())

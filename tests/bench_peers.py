@@ -91,9 +91,31 @@ def repeng(model: Any, tokenizer: Any) -> Read:
     return read
 
 
+def pyvene(model: Any, _: Any) -> Read:
+    import pyvene
+
+    collected = pyvene.IntervenableModel(
+        pyvene.IntervenableConfig(
+            [
+                {"layer": layer, "component": "block_output", "intervention_type": pyvene.CollectIntervention}
+                for layer in LAYERS
+            ],
+            model_type=type(model),
+        ),
+        model=model,
+    )
+
+    def read(encoded: dict[str, Any], _: list[str]) -> object:
+        last = encoded["input_ids"].shape[1] - 1
+        (_, states), _ = collected(encoded, unit_locations={"base": last})
+        return torch.stack([state[:, 0] for state in states])
+
+    return read
+
+
 LIBRARIES = {
     one.__name__: one
-    for one in (nnsight, transformer_lens, transformer_lens_full_cache, steering_vectors, repeng)
+    for one in (nnsight, transformer_lens, transformer_lens_full_cache, steering_vectors, repeng, pyvene)
 }
 
 

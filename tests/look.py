@@ -53,7 +53,7 @@ def look_at_figures(browser: Any, study: Path, out: Path) -> list[str]:
 
 def _figures(study: Path) -> Iterator[tuple[str, go.Figure]]:
     found = StudyFolder.read(study)
-    yield from found.figures()
+    yield from found.figures.items()
     layer = found.layers[-1]
     yield "projection_histogram", plots.projection_histogram(found.reported("projections"), layer=layer)
     yield "state_map_3d", plots.state_map(found.results["states"], dimensions=3)

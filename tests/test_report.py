@@ -333,7 +333,8 @@ def test_one_bar_sets_the_layer_of_every_figure_that_has_layers(study: Path, pag
     bar = next(attrs for tag, attrs in page.tags if tag == "input")
     assert bar["data-layers"] == ",".join(map(str, pretend.LAYERS))
     ways = {
-        name: (figure.layout.meta or {}).get("layer") for name, figure in StudyFolder.read(study).figures()
+        name: (figure.layout.meta or {}).get("layer")
+        for name, figure in StudyFolder.read(study).figures.items()
     }
     assert {name: way for name, way in ways.items() if way} == {
         "layer_sweep": "x",
