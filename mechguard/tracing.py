@@ -168,7 +168,7 @@ def predict_next_tokens(
     def work(rows: list[int]) -> Float[Tensor, "batch vocabulary"]:
         batch = [sent[row] for row in rows]
         logits = _trace_logits(model, batch, _steering_parts(guard), teacher or model.llm)
-        _check_numbers(logits, batch)
+        _check_numbers(logits.isnan().any(-1), batch)
         return logits
 
     label = f"predict {sent.condition} {'none' if guard is None else guard.name}"
@@ -323,12 +323,32 @@ def respond_in_batches(
     yield from _in_batches(work, model, sent, batch_size, label, progress, known)
 
 
-def _check_numbers(logits: Float[Tensor, "batch vocabulary"], batch: Sequence[Prompt]) -> None:
-    bad = logits.isnan().any(-1).tolist()
-    if any(bad):
-        listed = ", ".join([prompt.id for prompt, is_bad in zip(batch, bad, strict=True) if is_bad][:20])
+class _Watch:
+    """A logits processor that changes nothing and remembers the rows whose logits were no numbers."""
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None
+
+    def __call__(
+        self, _: Int[Tensor, "rows pos"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        bad = scores.isnan().any(-1)
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores
+
+    def check(self, batch: Sequence[Prompt], *, shared_pass: bool = False) -> None:
+        """Refuse what was written from NaN; under beams a prompt has several rows."""
+        if self.bad is not None:
+            own = self.bad[: len(batch)] if shared_pass else self.bad
+            _check_numbers(own.view(len(batch), -1).any(-1), batch)
+
+
+def _check_numbers(bad: Bool[Tensor, " batch"], batch: Sequence[Prompt]) -> None:
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        listed = ", ".join(batch[row].id for row in rows[:20])
         raise MechguardError(
-            f"the model answers {sum(bad)} prompts with NaN ({listed}); load it in float32 or bfloat16, or "
+            f"the model answers {len(rows)} prompts with NaN ({listed}); load it in float32 or bfloat16, or "
             "leave them out with prompts.filter(...)"
         )
 
@@ -608,9 +628,11 @@ def _shared_logits(
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded = _encode(model, batch, (), settings)
+    encoded, watch = _encode(model, batch, (), settings), _Watch()
+    settings = _with_processors(_with_cache(model, encoded, settings), watch)
     with torch.no_grad():
-        sequences = model.hf_model.generate(**encoded, **_with_cache(model, encoded, settings))
+        sequences = model.hf_model.generate(**encoded, **settings)
+    watch.check(batch)
     return _as_responses(model, sequences[:, encoded["input_ids"].shape[1] :], {})
 
 
@@ -619,13 +641,13 @@ def _guarded_responses(
 ) -> list[Response]:
     steering, encoded = _begin(model, batch, guards, teacher, settings)
     assert steering is not None
-    if steering.shared_pass:
-        settings = {**settings, "logits_processor": [_same_tokens]}
+    watch = _Watch()
+    following = [_same_tokens] if steering.shared_pass else []
+    settings = _with_processors(_with_cache(model, encoded, settings), watch, *following)
     only_prompt = all(guard.scope.phase == "prompt" for guard in guards)
     steps = slice(1) if only_prompt else slice(None)
     runs = model.parts.running(with_picture=any(prompt.images for prompt in batch))
     steered = [(number, model.traced_layers[number]) for number in runs if number in steering.layers]
-    settings = _with_cache(model, encoded, settings)
     traced = model.traced
     with torch.no_grad(), warnings.catch_warnings():
         # An answer that ends early is how an open loop over its tokens ends.
@@ -638,6 +660,7 @@ def _guarded_responses(
             # In an invoke of its own: after an early end nothing behind the loop would run.
             with tracer.invoke():
                 sequences = tracer.result.save()
+    watch.check(batch, shared_pass=steering.shared_pass)
     generated = sequences[: len(batch), encoded["input_ids"].shape[1] :]
     answers = _as_responses(model, generated, steering.gates)
     return [
@@ -650,6 +673,10 @@ def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
     if any(guard.source == "llm-stream" for guard in guards):
         return tokens
     return int(any(guard.supervised for guard in guards))
+
+
+def _with_processors(settings: dict[str, Any], *own: Callable[..., Tensor]) -> dict[str, Any]:
+    return {**settings, "logits_processor": [*settings.get("logits_processor", ()), *own]}
 
 
 def _begin(

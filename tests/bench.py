@@ -4,6 +4,7 @@
     python tests/bench.py --only collect_floor   # one row; the others in the file stay
     python tests/bench.py --clock cpu            # processor time: for a machine that others use too
     python tests/bench.py --list
+    python tests/bench.py --markdown             # what benchmarks.json holds, as the README shows it
 
 A row is a median over rounds, with the central 95% of the rounds. A round times the work and the plain one
 directly after each other, in changing order. Models and prompts are made here (`bench_models`): d 512 x 12
@@ -451,6 +452,17 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['name']:28} {value:32} n={row['n']:<3} {sign} {row['bar']:<5} {said}"
 
 
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of the README."""
+    lines = ["| work | measured | bar | n |", "|---|---|---|---|"]
+    for row in rows:
+        bar = f"{'at least' if row['unit'] == 'x faster' else 'at most'} {row['bar']:g}"
+        value = f"{row['ratio']:.2f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if row["n"] > 1 else "")
+        bar += "" if row["met"] else ", **missed**"
+        lines.append(f"| {row['says']} | {value} {row['unit']} | {bar} | {row['n']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -460,6 +472,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.clock == "cpu":
         global clock
@@ -468,6 +481,9 @@ def main() -> None:
         print("\n".join(f"{name:28} {row.says}" for name, row in ROWS.items()))
         return
     found = {row["name"]: row for row in read_json(options.out)} if options.out.is_file() else {}
+    if options.markdown:
+        print(as_markdown(list(found.values())))
+        return
     for name in options.only:
         if name.removeprefix("peer_") in IN_THEIR_OWN and not PEERS_PYTHON.is_file():
             print(f"{name:28} left out: the other libraries are not installed (make bench-peers)")

@@ -1,11 +1,13 @@
 """What the documents show runs as it stands."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import organism_table
 import pandas as pd
 import pytest
@@ -98,6 +100,16 @@ def test_the_readmes_table_of_families_is_the_packaged_one():
     shown = (ROOT / "README.md").read_text()
     for row in read_families().itertuples(index=False):
         assert f"| {' | '.join(row)} |" in shown
+
+
+def test_the_readmes_timings_are_those_of_the_benchmark():
+    rows = json.loads((ROOT / "benchmarks.json").read_text())
+    assert bench.as_markdown(rows) in (ROOT / "README.md").read_text()
+    assert {row["name"] for row in rows} == set(bench.ROWS)
+    for row in rows:
+        measured = bench.ROWS[row["name"]]
+        assert (row["says"], row["bar"], row["unit"]) == (measured.says, measured.bar, measured.unit)
+        assert row["met"] == measured.met(row["ratio"])
 
 
 def shown_rate(row) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -259,6 +260,26 @@ def test_states_that_are_no_numbers_are_listed(vlm, prompts, monkeypatch):
         mg.MechguardError, match=r"NaN or infinity: 1 of 24 prompts \(harmful-3\), from layer 1 on"
     ):
         mg.collect(vlm, prompts, progress=False)
+
+
+@pytest.mark.parametrize("source", [None, "own", "llm-stream"])
+def test_what_is_written_from_nan_is_refused_with_its_prompts(vlm, prompts, source):
+    def spoil(_module, _inputs, output):
+        spoilt = output.clone()
+        spoilt[1] = float("nan")  # the second row of the batch
+        return spoilt
+
+    ssd = mg.fit_directions(mg.collect(vlm.llm, prompts, progress=False))
+    guard = None if source is None else mg.vlm_guard(ssd, layers=[0], source=source, gate="always")
+    same_length = mg.Prompts([replace(prompts[0], id=f"copy-{number}") for number in range(3)])
+    norm = vlm.hf_model.get_submodule(vlm.parts.norm)
+    handle = norm.register_forward_hook(spoil)
+    try:
+        with pytest.raises(mg.MechguardError, match=r"answers 1 prompts with NaN \(copy-1\)"):
+            mg.generate(vlm, same_length, guard=guard, max_new_tokens=2, progress=False)
+    finally:
+        handle.remove()
+    assert mg.generate(vlm, same_length, guard=guard, max_new_tokens=2, progress=False)
 
 
 def test_answers_from_nan_are_refused(vlm, prompts, monkeypatch):
