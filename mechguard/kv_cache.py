@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-OPTIONS = {"past_key_values", "cache_implementation", "use_cache"}  # with which a caller says otherwise
+# With which a caller says, or may say, another cache.
+OPTIONS = {"past_key_values", "cache_implementation", "use_cache", "generation_config"}
 States = Float[Tensor, "batch head pos d_head"]
 
 

@@ -100,12 +100,14 @@ class StudyFolder:
     responses: pd.DataFrame
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> StudyFolder:
-        """Read a study's folder.
+    def read(cls, folder: str | os.PathLike[str] | StudyFolder) -> StudyFolder:
+        """Read a study's folder; one that was read stays as it is.
 
         Raises:
             MechguardError: it holds no behaviour table, or one of its files is broken.
         """
+        if isinstance(folder, StudyFolder):
+            return folder
         root = Path(folder)
         found = [name for name in RESULTS if (root / "results" / f"{name}.csv").is_file()]
         if "behaviour" not in found:
@@ -167,7 +169,7 @@ def write_report(
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
-    study = study_dir if isinstance(study_dir, StudyFolder) else StudyFolder.read(study_dir)
+    study = StudyFolder.read(study_dir)
     behaviour = study.reported("behaviour").table
     comparisons = compare_responses(study.responses)
     environment = Environment(
@@ -210,7 +212,7 @@ def write_figures(study_dir: str | os.PathLike[str] | StudyFolder, *, png: bool 
     Raises:
         MechguardError: the folder holds no behaviour table, or one of its files is broken.
     """
-    study = study_dir if isinstance(study_dir, StudyFolder) else StudyFolder.read(study_dir)
+    study = StudyFolder.read(study_dir)
     pages = {study.folder / "figures" / name: figure for name, figure in study.figures.items()}
     return plots.save_all(pages, include_plotlyjs="directory", pictures=png)
 

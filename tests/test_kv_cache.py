@@ -4,6 +4,7 @@ import bench_models
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import mechguard as mg
@@ -11,6 +12,7 @@ from mechguard import kv_cache
 from mechguard.kv_cache import RoomyLayer, roomy_cache, with_room
 
 EXACT = dict(atol=0, rtol=0)
+STATIC = {"generation_config": GenerationConfig(cache_implementation="static")}
 
 
 def drawn(count: int, seed: int) -> torch.Tensor:
@@ -94,9 +96,10 @@ def test_generate_writes_the_same_tokens_with_it(options):
 
 
 def test_a_caller_who_says_which_cache_gets_that_one(vlm):
-    for said in ({"use_cache": False}, {"past_key_values": None}, {"cache_implementation": "static"}):
+    for said in ({"use_cache": False}, {"past_key_values": None}, {"cache_implementation": "static"}, STATIC):
         assert roomy_cache(vlm.hf_model, {"max_new_tokens": 2, **said}) == {}
-    assert mg.generate(vlm, "hello", max_new_tokens=2, use_cache=False, progress=False)
+    for said in ({"use_cache": False}, STATIC):
+        assert mg.generate(vlm, "hello", max_new_tokens=2, progress=False, **said)
 
 
 def test_sliding_windows_stay_what_they_are():
