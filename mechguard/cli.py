@@ -29,6 +29,9 @@ Quiet = Annotated[
 SkipUnreadable = Annotated[
     bool, typer.Option("--skip-unreadable", help="leave out prompts whose picture cannot be read")
 ]
+Several = Annotated[
+    int, typer.Option("--processes", min=1, help="share the work among so many processes of this machine")
+]
 Data = Annotated[Path | None, typer.Option(help="folder of prompt sets; MECHGUARD_DATA by default")]
 
 
@@ -60,14 +63,18 @@ def study(
         bool, typer.Option("--circuits", help="also which heads and MLPs write the safety direction")
     ] = False,
     skip_unreadable: SkipUnreadable = False,
+    processes: Several = 1,
     quiet: Quiet = False,
 ) -> None:
     """From a model to report.html: states, separability, modality gap, guard, behaviour.
 
     mechguard study organism --out runs/organism
     """
+    from mechguard.processes import find_processes
     from mechguard.study import run_study
 
+    if _started(processes):
+        return
     report = run_study(
         model,
         out=out,
@@ -81,8 +88,9 @@ def study(
         progress=not quiet,
         command=_command(),
     )
-    _print_headline(out)
-    typer.echo(str(report))
+    if find_processes().leads:
+        _print_headline(out)
+        typer.echo(str(report))
 
 
 @app.command()
@@ -124,18 +132,21 @@ def collect(
     ] = None,
     shard_size: Annotated[int | None, typer.Option(help="prompts per file; about 64 MB by default")] = None,
     skip_unreadable: SkipUnreadable = False,
+    processes: Several = 1,
     quiet: Quiet = False,
 ) -> None:
     """Hidden states of every layer at one position of every prompt, streamed to disk.
 
     mechguard collect organism organism/anchors --llm --out runs/anchors
 
-    torchrun --nproc-per-node 2 -m mechguard collect organism organism/anchors --out runs/anchors
+    mechguard collect organism organism/anchors --processes 2 --out runs/anchors
     """
     import mechguard as mg
     from mechguard.processes import find_processes
     from mechguard.sweeps import parse_layers
 
+    if _started(processes):
+        return
     asked = mg.load_prompts(prompts, data=data, skip_unreadable=skip_unreadable).with_image(image)
     vlm = mg.load(model)
     activations = mg.collect(
@@ -223,6 +234,7 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer")] = 64,
     skip_unreadable: SkipUnreadable = False,
+    processes: Several = 1,
     quiet: Quiet = False,
 ) -> None:
     """Refusals and compliances, unguarded and under saved guards.
@@ -234,6 +246,8 @@ def evaluate(
     import mechguard as mg
     from mechguard.processes import find_processes
 
+    if _started(processes):
+        return
     asked = mg.load_prompts(prompts, data=data, skip_unreadable=skip_unreadable)
     guards = [None, *map(mg.Guard.load, guard or [])]
     result = mg.evaluate(
@@ -436,6 +450,7 @@ def sweep(
     ),
     limit: Annotated[int, typer.Option(help="validation prompts of each label")] = 50,
     skip_unreadable: SkipUnreadable = False,
+    processes: Several = 1,
     quiet: Quiet = False,
 ) -> None:
     """VLM-Guard in many settings on validation prompts, and the best one by a written rule.
@@ -443,9 +458,12 @@ def sweep(
     mechguard sweep organism --alternatives --layers "3 4 5" --alpha 2 --out runs/alternatives
     """
     import mechguard as mg
+    from mechguard.processes import find_processes
     from mechguard.study import find_study_prompts
     from mechguard.sweeps import ALTERNATIVES, VARIANTS, layer_sets, parse_layers
 
+    if _started(processes):
+        return
     vlm = mg.load(model)
     prompts = find_study_prompts(vlm, data, skip_unreadable=skip_unreadable)
     ranks = rank or [1]
@@ -468,6 +486,8 @@ def sweep(
         out=out / "cells.jsonl",
         progress=not quiet,
     )
+    if not find_processes().leads:
+        return
     result.save(out / "sweep")
     figures = {
         out / f"sweep_{metric}": mg.plots.sweep_heatmap(result, metric=metric)
@@ -518,6 +538,25 @@ def main() -> None:
             "mechguard: interrupted; what was done is kept, and the same command goes on from there", err=True
         )
         sys.exit(INTERRUPTED)
+
+
+def _started(processes: int) -> bool:
+    """Run this very command in several processes; False where it is to run in this one."""
+    from mechguard.processes import launch, launched
+
+    if processes == 1 or launched():
+        return False
+    import mechguard.tracing  # noqa: F401 - imported once, for all of them
+
+    if code := launch(processes, _again, sys.argv[1:]):
+        raise typer.Exit(code)
+    return True
+
+
+def _again(arguments: list[str]) -> None:
+    """The command in a process of its own."""
+    sys.argv = ["mechguard", *arguments]
+    app(arguments, standalone_mode=False)
 
 
 def _hush(quiet: bool) -> bool:

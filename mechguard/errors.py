@@ -15,6 +15,10 @@ class PictureError(MechguardError):
     """A picture file is missing, or is not a picture."""
 
 
+class OtherProcessError(MechguardError):
+    """Another process of the same run failed, and says itself why."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for one sentence about it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -20,10 +20,10 @@ from mechguard.models import VLM
 from mechguard.overlaps import warn_of_fitted
 from mechguard.processes import find_processes
 from mechguard.prompts import Prompts
-from mechguard.responses import as_exchanges, gather_responses, hold_store
+from mechguard.responses import as_exchanges, gather_responses
 from mechguard.result import UNGUARDED, Result
 from mechguard.statistics import bootstrap_mean, wilson_interval
-from mechguard.storage import read_lines, write_lines
+from mechguard.storage import hold_file, read_lines, write_lines
 from mechguard.tracing import BatchSize
 
 # metric -> the column of the judged responses it averages, for each label, and for prompts with an answer
@@ -85,7 +85,7 @@ def evaluate(
     warn_of_fitted(prompts, {guard.name: guard.about for guard in guards if guard is not None})
     chosen = find_judge(judge, model.folder)
     processes = find_processes()
-    with hold_store(responses):
+    with processes.hold(hold_file(responses)):
         table = gather_responses(
             model,
             prompts,

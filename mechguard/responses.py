@@ -7,11 +7,9 @@ batches, so that the texts are those of an uninterrupted run; judging comes late
 
 from __future__ import annotations
 
-import glob
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,12 @@ import pandas as pd
 from mechguard.errors import MechguardError
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, Exchange, refusal_log_odds, refusal_token_ids
+from mechguard.ledgers import Ledger
 from mechguard.models import VLM
-from mechguard.processes import Processes, find_processes
+from mechguard.processes import find_processes
 from mechguard.prompts import Prompts
 from mechguard.result import UNGUARDED
-from mechguard.storage import (
-    append_lines,
-    digest,
-    hold_file,
-    parsing,
-    read_json,
-    read_lines,
-    write_json,
-    write_lines,
-)
+from mechguard.storage import digest, parsing, read_json, read_lines, write_json
 from mechguard.tracing import (
     BatchSize,
     Response,
@@ -82,13 +72,14 @@ def gather_responses(
         MechguardError: two guards have one name, or `out` holds responses of another model, of other
             prompts, or of another guard of the same name, is damaged, or another process adds to it.
     """
-    with hold_store(out):
+    ledger = Ledger(None if out is None else Path(out), "key", ("response",))
+    with ledger.held():
         return _gather(
             model,
             prompts,
             guards,
             default_conditions(model, prompts) if conditions is None else list(conditions),
-            None if out is None else Path(out),
+            ledger,
             refusal_token_ids(model.tokenizer, refusal_openings) if first_token else None,
             teacher=teacher,
             max_new_tokens=max_new_tokens,
@@ -102,7 +93,7 @@ def _gather(
     prompts: Prompts,
     guards: Sequence[AnyGuard | None],
     words: list[str],
-    out: Path | None,
+    ledger: Ledger,
     odds: Sequence[int] | None,
     *,
     teacher: VLM | None,
@@ -115,14 +106,11 @@ def _gather(
         names = [UNGUARDED if guard is None else guard.name for guard in guards]
         raise MechguardError(f"guards must have different names, found {names}; use guard.renamed(...)")
     sent = {condition: prompts.with_image(condition) for condition in words}
-    known: dict[str, dict[str, Any]] = {}
     processes = find_processes()
-    if out is not None:
-        with processes.together():
-            if processes.leads:
-                _claim(out, model, sent, prompts.name, named, max_new_tokens)
-        with processes.together():  # all have read before any of them adds to it
-            known = {row["key"]: row for file in _files(out) for row in _read_stored(file)}
+    with processes.together():
+        if ledger.path is not None and processes.leads:
+            _claim(ledger.path, model, sent, prompts.name, named, max_new_tokens)
+    known = ledger.read()
     # All conditions in one call: the fewer batches, the fewer steps.
     everything = Prompts([prompt for batch in sent.values() for prompt in batch], name=prompts.name)
     where = [condition for condition, batch in sent.items() for _ in batch]
@@ -168,14 +156,12 @@ def _gather(
     with processes.together():
         for name, guard in named.items():
             for new in answer(name, guard):
-                if out is not None:
-                    append_lines(_own_file(out, processes), new)
+                ledger.add(new)
                 known.update((row["key"], row) for row in new)
-    known = {row["key"]: row for row in processes.gather(list(known.values()))}
+    known = ledger.gather(known, [keys[name][row] for name in named for rows in plan for row in rows])
     with processes.together():
-        if out is not None and processes.leads:
-            _merge(out, known, [keys[name][row] for name in named for rows in plan for row in rows])
-            _count(out, len(known))
+        if ledger.path is not None and processes.leads:
+            _count(ledger.path, len(known))
     order = [
         keys[name][row]
         for condition in words
@@ -184,21 +170,6 @@ def _gather(
         if place == condition
     ]
     return pd.DataFrame([known[key] for key in order])
-
-
-@contextmanager
-def hold_store(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Keep other runs from a store of responses; of a launcher's processes the first holds it for all.
-
-    Raises:
-        MechguardError: another process adds to it.
-    """
-    processes = find_processes()
-    with ExitStack() as held:
-        with processes.together():
-            if processes.leads:
-                held.enter_context(hold_file(path))
-        yield
 
 
 def read_responses(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -241,32 +212,6 @@ def default_conditions(model: VLM, prompts: Prompts) -> list[str]:
 def make_key(setting: str, condition: str, guard: str, prompt: str) -> str:
     """The key of one response; says nothing to a reader."""
     return digest(setting, condition, guard, prompt)
-
-
-def _own_file(path: Path, processes: Processes) -> Path:
-    """Where this process adds its responses; those of others than the first join the store at the end."""
-    return path if processes.leads else path.with_suffix(f".rank{processes.rank}.jsonl")
-
-
-def _files(path: Path) -> list[Path]:
-    """A store, and what other processes of an interrupted run have added beside it."""
-    return [path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))]
-
-
-def _merge(path: Path, known: dict[str, dict[str, Any]], order: list[str]) -> None:
-    """Write the responses of all processes as one would have, and take their parts away."""
-    parts = _files(path)[1:]
-    if not parts:
-        return
-    mine = set(order)
-    rows = [row for row in _read_stored(path) if row["key"] not in mine] + [known[key] for key in order]
-    write_lines(path, rows)
-    for part in parts:
-        part.unlink()
-
-
-def _read_stored(path: Path) -> list[dict[str, Any]]:
-    return read_lines(path, needed=("key", "response"), adding=True)
 
 
 def _facts(

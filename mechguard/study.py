@@ -8,14 +8,14 @@ folder that was made with other settings is refused.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from mechguard.loading import load
 from mechguard.maps import map_states
 from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
+from mechguard.processes import alone, find_processes
 from mechguard.projections import project_states, project_tokens
 from mechguard.prompts import Prompts
 from mechguard.report import StudyFolder, write_figures, write_report
@@ -135,6 +136,15 @@ class Study:
             lambda: fit_directions(self.states("anchors", "llm"), method="svd", rank=max(self.ranks)),
         )
 
+    @property
+    def _test_views(self) -> list[tuple[str, str, str]]:
+        return [("test", "llm", "text"), *[("test", "vlm", condition) for condition in self.conditions]]
+
+    @property
+    def _anchor_views(self) -> list[tuple[str, str, str]]:
+        pictures = [name for name in self.image_conditions if name != "image"][:1]
+        return [("anchors", "llm", "text"), *[("anchors", "vlm", name) for name in ("text", *pictures)]]
+
     def states(self, role: str, view: str, condition: str = "text") -> Activations:
         """Last-token states of one set of prompts, by the LLM component or the full VLM."""
         model = self.vlm.llm if view == "llm" else self.vlm
@@ -147,8 +157,7 @@ class Study:
 
     def test_states(self) -> list[Activations]:
         """The test prompts as the LLM and as the VLM see them, under every condition."""
-        views = [("llm", "text"), *[("vlm", condition) for condition in self.conditions]]
-        return [self.states("test", view, condition) for view, condition in views]
+        return [self.states(*view) for view in self._test_views]
 
     def separability(self) -> Result:
         """On validation with the first image condition (to choose layers), and on test with all."""
@@ -185,9 +194,7 @@ class Study:
 
     def anchor_states(self) -> list[Activations]:
         """The anchors as the LLM sees them, and the VLM without and with a generated picture."""
-        pictures = [name for name in self.image_conditions if name != "image"][:1]
-        views = [("llm", "text"), ("vlm", "text"), *[("vlm", name) for name in pictures]]
-        return [self.states("anchors", view, condition) for view, condition in views]
+        return [self.states(*view) for view in self._anchor_views]
 
     def transfer(self) -> Result:
         """Directions of the anchors under each view, tested on the test prompts under each condition."""
@@ -239,7 +246,7 @@ class Study:
             )
             return first + by_rank.where(guard="vlm_guard")
 
-        return self._kept(Result, "results/sweep", measure)
+        return self._kept(Result, "results/sweep", measure, shared=True)
 
     def _swept(self, **grid: Any) -> Result:
         return sweep(
@@ -262,24 +269,25 @@ class Study:
 
         def measure() -> Result:
             guard = self.guard()
-            alone = projection(self.ssd.truncated(self._setting()["rank"]), layers=guard.layers)
+            plain = projection(self.ssd.truncated(self._setting()["rank"]), layers=guard.layers)
             controls = [
                 guard.randomised(self.settings.seed + number, name=f"random {number + 1}")
                 for number in range(self.settings.random_subspaces)
             ]
-            for saved in (alone, *controls):
-                saved.save(self.out / "guards" / saved.name.replace(" ", "_"))
+            if find_processes().leads:
+                for saved in (plain, *controls):
+                    saved.save(self.out / "guards" / saved.name.replace(" ", "_"))
             return evaluate(
                 self.vlm,
                 self.prompts.test,
-                guards=[None, alone, guard, *controls],
+                guards=[None, plain, guard, *controls],
                 conditions=self.conditions,
                 max_new_tokens=self.settings.max_new_tokens,
                 responses=self.out / "responses.jsonl",
                 progress=self.progress,
             )
 
-        return self._kept(Result, "results/behaviour", measure)
+        return self._kept(Result, "results/behaviour", measure, shared=True)
 
     def circuits(self) -> dict[str, Result]:
         """Which components write the SSD and what the first image condition does to them."""
@@ -300,24 +308,48 @@ class Study:
     def run(self, command: str) -> Path:
         """Make every product that is not there yet, then the figures and the report."""
         started = time.monotonic()
-        steps: list[tuple[str, Callable[[], Any]]] = [
-            ("hidden states", self.test_states),
-            ("separability", self.separability),
-            ("modality gap", self.modality_gap),
-            ("transfer of directions", self.transfer),
-            ("angles of directions", self.angles),
-            ("state map", self.map),
-            ("projections", self.projections),
-            ("tokens", self.tokens),
-            ("gates", self.gates),
-            ("gate curves", self.gate_curves),
+        with tqdm(self._steps(), unit="step", disable=not self.progress) as bar:
+            for name, pieces in bar:
+                bar.set_description(name)
+                self._deal(pieces)
+        self._deal([lambda: self._finish(command, started)])
+        return self.out / "report.html"
+
+    def _steps(self) -> list[tuple[str, list[Callable[[], Any]] | Callable[[], Any]]]:
+        """What is made, step after step: pieces that need nothing of each other, or a whole."""
+        measures = [
+            self.separability,
+            self.modality_gap,
+            self.angles,
+            self.transfer,
+            self.map,
+            self.tokens,
+            self.projections,
+            self.gate_curves,
+            self.gates,
+        ]
+        validation = ("validation", "vlm", self.conditions[-1])
+        views = [*self._test_views, *self._anchor_views, validation]
+        return [
+            ("hidden states", [partial(self.states, *view) for view in views]),
+            ("directions", lambda: self.ssd),
+            ("separability, gap, transfer, maps, gates", measures),
             ("sweep on validation", self.sweep),
             ("behaviour on test", self.behaviour),
         ]
-        with tqdm(steps, unit="step", disable=not self.progress) as bar:
-            for name, step in bar:
-                bar.set_description(name)
-                step()
+
+    def _deal(self, pieces: list[Callable[[], Any]] | Callable[[], Any]) -> None:
+        """Each piece is made by one of the processes; a whole shares its work by itself."""
+        if callable(pieces):
+            pieces()
+            return
+        processes = find_processes()
+        with processes.together(), alone():
+            for piece in processes.own(pieces):
+                piece()
+
+    def _finish(self, command: str, started: float) -> None:
+        """The facts of the study, its figures and its report, with circuits where they are asked for."""
         self._describe(command, time.monotonic() - started)
         if self.with_circuits:
             write_report(self.out)  # a model whose decision is not found still has its report
@@ -325,7 +357,7 @@ class Study:
             self._describe(command, time.monotonic() - started)
         finished = StudyFolder.read(self.out)
         write_figures(finished)
-        return write_report(finished)
+        write_report(finished)
 
     def _setting(self) -> dict[str, Any]:
         chosen = choose(self.sweep())
@@ -356,14 +388,23 @@ class Study:
         }
         write_json(self.out / "study.json", facts)
 
-    def _kept(self, kind: type[T], name: str, make: Callable[[], T]) -> T:
-        """A product of the study: read if it was made before, else made and saved."""
-        path = self.out / name
-        if path.with_name(path.name + ".json").is_file():
-            return kind.load(path)
-        product = make()
-        product.save(path)
-        return product
+    def _kept(self, kind: type[T], name: str, make: Callable[[], T], *, shared: bool = False) -> T:
+        """A product of the study: read if it was made before, else made and saved.
+
+        Args:
+            shared: all processes make it together; else the first one does, for all.
+        """
+        path, processes = self.out / name, find_processes()
+        there = path.with_name(path.name + ".json").is_file()
+        processes.agree()  # all have looked before any of them writes
+        with processes.together():
+            if not there and (shared or processes.leads):
+                with nullcontext() if shared else alone():
+                    product = make()
+                if processes.leads:
+                    product.save(path)
+                    return product
+        return kind.load(path)
 
 
 def run_study(
@@ -382,6 +423,8 @@ def run_study(
     command: str | None = None,
 ) -> Path:
     """Study a model from its hidden states to a guard, and write a report.
+
+    Several processes (`torchrun`) share the work and leave the files of one.
 
     Args:
         model: whatever `load` takes, or a loaded VLM.
@@ -415,10 +458,14 @@ def run_study(
     settings = Settings(max_rank=max_rank, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
     sources = {role: describe_source(role, find_data_folder(vlm, data)) for role in ROLES}
-    study = Study(vlm, prompts, settings, folder, progress, circuits, sources)
-    with hold_folder(folder), warnings.catch_warnings():
-        _claim(folder, vlm, prompts, settings)
-        warn_of_shared(prompts.kept_apart)
+    processes = find_processes()
+    shown = progress and processes.leads
+    study = Study(vlm, prompts, settings, folder, shown, circuits, sources)
+    with processes.hold(hold_folder(folder)), warnings.catch_warnings():
+        with processes.together():
+            if processes.leads:
+                _claim(folder, vlm, prompts, settings)
+                warn_of_shared(prompts.kept_apart)
         warnings.simplefilter("ignore", OverlapWarning)  # it has been said, once
         flag = " --circuits" if circuits else ""
         said = command or f"mechguard study {shlex.quote(vlm.name)} --out {folder}{flag}"
@@ -482,7 +529,7 @@ def find_test_sets(
     found = {}
     for role, names in TEST_SETS.items():
         for name in names:
-            with contextlib.suppress(MechguardError):
+            with suppress(MechguardError):
                 prompts = load_from_folder(name, find_data_folder(vlm, data)).renamed(role)
                 found[role] = skip_unreadable_pictures(prompts) if skip_unreadable else prompts
                 break

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,14 +23,16 @@ from mechguard.guards import Guard, Scope, Source, vlm_guard
 from mechguard.guards.gates import Word
 from mechguard.guards.steering import AnyGuard
 from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, AnyJudge, refusal_log_odds, refusal_token_ids
+from mechguard.ledgers import Ledger
 from mechguard.models import VLM
 from mechguard.prefixes import sharing_prompts
+from mechguard.processes import alone, find_processes
 from mechguard.prompts import Prompts
 from mechguard.responses import default_conditions
 from mechguard.result import UNGUARDED, Result
 from mechguard.separability import select_layers
 from mechguard.statistics import bootstrap_mean
-from mechguard.storage import append_line, digest, hold_file, read_lines
+from mechguard.storage import digest
 from mechguard.tracing import BatchSize, score_next_tokens
 
 SETTING = ("variant", "layers", "alpha", "rank")
@@ -106,7 +109,8 @@ def sweep(
         variants: what to try, by name: readings of VLM-Guard, or functions that make other guards from
             directions, layers and alpha (known by their name when a sweep goes on); `VARIANTS` by default.
         scopes: each reading is tried with each of these, instead of its own.
-        out: a file to which every finished setting is added; a sweep that was killed goes on there.
+        out: a file to which every finished setting is added; a sweep that was killed goes on there. Several
+            processes (`torchrun`) share the settings, with or without a file.
 
     Returns:
         The rows of `evaluate` with the columns `variant`, `layers`, `alpha`, `rank`, `source`, `scope`,
@@ -120,22 +124,27 @@ def sweep(
     asked: dict[str, Any] = {"conditions": conditions, "max_new_tokens": max_new_tokens, "split": split}
     fitted = sha256(directions.data.numpy().tobytes()).hexdigest()
     bound = (model.fingerprint, prompts.fingerprint, fitted, repr(judge), asked)
-    tables = []
-    about: dict[str, Any] = {}
-    with hold_file(out), sharing_prompts(model):
-        lines = [] if out is None else read_lines(out, needed=("cell", "about", "rows"), adding=True)
-        known = {line["cell"]: line for line in lines}
-        for facts, guard in tqdm(cells, desc="sweep", unit="setting", disable=not progress, leave=False):
-            mark = digest(*bound, facts)
-            if mark not in known:
+    marks = [digest(*bound, facts) for facts, _ in cells]
+    processes = find_processes()
+    ledger = Ledger(None if out is None else Path(out), "cell", ("about", "rows"))
+    with ledger.held(), sharing_prompts(model):
+        known = ledger.read()
+        left = [(mark, guard) for mark, (_, guard) in zip(marks, cells, strict=True) if mark not in known]
+        with processes.together(), alone():
+            shown = progress and processes.leads
+            for mark, guard in tqdm(
+                processes.own(left), desc="sweep", unit="setting", disable=not shown, leave=False
+            ):
                 result = evaluate(model, prompts, guards=[guard], judge=judge, progress=False, **asked)
                 rows = json.loads(result.table.to_json(orient="records"))
                 known[mark] = {"cell": mark, "about": result.about, "rows": rows}
-                if out is not None:
-                    append_line(out, known[mark])
-            tables.append(pd.DataFrame(known[mark]["rows"]).assign(**facts))
-            about = known[mark]["about"]
-    return Result(pd.concat(tables, ignore_index=True), {**about, "rule": RULE})
+                ledger.add([known[mark]])
+        known = ledger.gather(known, marks)
+    tables = [
+        pd.DataFrame(known[mark]["rows"]).assign(**facts)
+        for mark, (facts, _) in zip(marks, cells, strict=True)
+    ]
+    return Result(pd.concat(tables, ignore_index=True), {**known[marks[-1]]["about"], "rule": RULE})
 
 
 def sweep_first_token(
