@@ -55,6 +55,28 @@ class Chat:
             ) from None
 
 
+class KnownStrings:
+    """The strings of the last prompts that were rendered.
+
+    Prompts are sorted by the length of their strings before they are sent: what is rendered once is wanted
+    twice.
+    """
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._limit = limit
+        self._known: dict[tuple[Any, ...], str] = {}
+
+    def render(self, chat: Chat, prompt: Prompt, processor: Any, *, plain: str) -> str:
+        """What `chat.render` gives, also after the processor's template was changed."""
+        token = str(getattr(processor, "image_token", None))
+        key = (chat, prompt.text, len(prompt.images), str(_template_of(processor)), token, plain)
+        if key not in self._known:
+            if len(self._known) >= self._limit:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = chat.render(prompt, processor, plain=plain)
+        return self._known[key]
+
+
 def _template_of(processor: Any) -> Any:
     tokenizer = getattr(processor, "tokenizer", processor)
     return getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)

@@ -83,6 +83,15 @@ def with_room(cache: Any, room: int) -> Any:
     return own
 
 
+def take_rows(cache: Any, rows: list[int]) -> Any:
+    """A cache of some rows of the batch."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in own.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return own
+
+
 def grows(cache: Any) -> bool:
     """Whether a cache is one of growing keys and values alone, and can be shared so."""
     growing = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechguard.caching import ActivationCache, Names, read_states, select_names
 from mechguard.cards import draw_card
-from mechguard.chat import Chat
+from mechguard.chat import Chat, KnownStrings
 from mechguard.checkpoints import read_model
 from mechguard.errors import MechguardError, first_line
 from mechguard.families import Parts, decoder_of, is_text_decoder, read_parts, takes_images
@@ -57,6 +57,10 @@ class VLM:
     parent: VLM | None = field(default=None, repr=False)
     remote: bool | Literal["local"] = field(default=False, repr=False)
     revision: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def _strings(self) -> KnownStrings:
+        return KnownStrings()
 
     @cached_property
     def parts(self) -> Parts:
@@ -241,8 +245,8 @@ class VLM:
 
     def render(self, prompts: Sequence[Prompt]) -> list[str]:
         """The exact strings that are sent: the chat template, with the pictures placed by it."""
-        plain = self.parts.family.plain_prompt
-        return [self.chat.render(prompt, self.processor, plain=plain) for prompt in prompts]
+        known, plain = self._strings, self.parts.family.plain_prompt
+        return [known.render(self.chat, prompt, self.processor, plain=plain) for prompt in prompts]
 
     def prepare(self, prompts: Prompts) -> Prompts:
         """The prompts as this model reads them: the LLM component of a VLM reads the text only.

@@ -4,6 +4,7 @@
     a guard at the last position  no other position sees it: their keys and values stay, and a guarded pass
                                   is one token through the layers above l
     answers after such a guard    the prompt's keys and values are the same for every setting
+    rows that a guard leaves alone  are answered as without it
 
 The plain pass tells whether a model allows this: its logits must be those of the parts put together again.
 Where they are not (features that enter between layers, as in Qwen3-VL; a prompt that is read in both
@@ -13,6 +14,7 @@ full passes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from mechguard.guards.guard import Guard
 from mechguard.guards.steering import Steering
-from mechguard.kv_cache import OPTIONS, grows, with_room
+from mechguard.kv_cache import OPTIONS, grows, take_rows, with_room
 from mechguard.models import VLM
+from mechguard.prompts import Prompt, Prompts
 
 LIMIT = 2**31  # bytes of keys and values that a sweep keeps
 # What stands at every token, and is cut with the tokens.
@@ -36,6 +39,7 @@ Logits = Float[Tensor, "batch vocabulary"]
 
 
 _SHARED: ContextVar[PromptCache | None] = ContextVar("shared_prompts", default=None)
+_ANSWERS: ContextVar[AnswerCache | None] = ContextVar("kept_answers", default=None)
 
 
 def only_last(guards: Sequence[Guard]) -> bool:
@@ -151,13 +155,13 @@ def _listening(model: VLM) -> Iterator[dict[int, _Call]]:
 
 @dataclass
 class PromptCache:
-    """The keys and values of prompts up to their last token, by what was sent.
+    """The keys and values of prompts up to their last token, by what was sent; and what supervises them.
 
     Prompts that find no more room are read anew every time, in the same way.
 
     Attributes:
         hf_model: whose they are.
-        limit: how many bytes of keys and values are kept.
+        limit: how many bytes are kept.
         size: how many there are.
     """
 
@@ -165,29 +169,48 @@ class PromptCache:
     limit: int = LIMIT
     size: int = 0
     known: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
 
-    def inputs(
-        self, model: VLM, key: str, encode: Callable[[], dict[str, Any]], *, room: int
-    ) -> dict[str, Any]:
-        """What to give `generate`: tokens, mask, and where the model allows it the keys and values.
+    def states(self, model: VLM, key: str, read: Callable[[], Tensor]) -> Tensor:
+        """The language model's states at the end of some texts.
 
         Args:
-            key: says what is sent.
-            encode: gives it encoded.
+            key: says which texts and layers.
+            read: reads them.
+        """
+        if model.hf_model is not self.hf_model:
+            return read()
+        if key in self.read:
+            return self.read[key]
+        found = read()
+        size = found.numel() * found.element_size()
+        if self.size + size <= self.limit:
+            self.read[key] = found
+            self.size += size
+        return found
+
+    def inputs(
+        self, model: VLM, batch: Sequence[Prompt], rows: list[int], *, room: int
+    ) -> dict[str, Any] | None:
+        """What to give `generate`: tokens, mask, keys and values; None where this model does not allow it.
+
+        The whole batch is read once, whatever rows of it are wanted.
+
+        Args:
             room: how many tokens will be generated.
         """
         if model.hf_model is not self.hf_model:
-            return encode()
+            return None
+        key = Prompts(batch).fingerprint
         if key in self.known:
             held = self.known[key]
-            return encode() if held is None else _with_copy(held, room)
-        encoded = encode()
-        held = _read_cache(model, encoded)
-        size = 0 if held is None else _bytes_of(held["past_key_values"])
-        if self.size + size <= self.limit:
-            self.known[key] = held
-            self.size += size
-        return encoded if held is None else _with_copy(held, room)
+        else:
+            held = _read_cache(model, model.encode_once(batch))
+            size = 0 if held is None else _bytes_of(held["past_key_values"])
+            if self.size + size <= self.limit:
+                self.known[key] = held
+                self.size += size
+        return None if held is None else _with_copy(held, room, rows)
 
 
 @contextmanager
@@ -196,6 +219,10 @@ def sharing_prompts(model: VLM, *, limit: int = LIMIT) -> Iterator[PromptCache]:
 
     For settings that leave all positions of the prompt but the last as they are; others make full passes.
     """
+    active = _SHARED.get()
+    if active is not None and active.hf_model is model.hf_model:
+        yield active
+        return
     token = _SHARED.set(PromptCache(model.hf_model, limit))
     try:
         yield _SHARED.get()  # type: ignore[misc]
@@ -206,6 +233,51 @@ def sharing_prompts(model: VLM, *, limit: int = LIMIT) -> Iterator[PromptCache]:
 def shared_prompts() -> PromptCache | None:
     """The cache of the block that runs, if one does."""
     return _SHARED.get()
+
+
+@dataclass
+class AnswerCache:
+    """The plain answers to batches, for the rows that guards leave alone.
+
+    Attributes:
+        hf_model: whose they are.
+        spared: seconds that it would have taken to write again what was taken from here.
+    """
+
+    hf_model: Any
+    spared: float = 0.0
+    known: dict[str, tuple[list[Any], float]] = field(default_factory=dict)
+
+    def get(self, key: str, write: Callable[[], list[Any]], rows: int) -> list[Any]:
+        """The answers to a batch, of which so many rows are wanted."""
+        started = time.monotonic()
+        if key not in self.known:
+            answers = write()
+            self.known[key] = answers, time.monotonic() - started
+            return answers
+        answers, seconds = self.known[key]
+        self.spared += seconds * rows / len(answers)
+        return answers
+
+
+@contextmanager
+def keeping_answers(model: VLM) -> Iterator[AnswerCache]:
+    """While a block runs, this model's plain answers are kept, batch by batch."""
+    active = _ANSWERS.get()
+    if active is not None and active.hf_model is model.hf_model:
+        yield active
+        return
+    token = _ANSWERS.set(kept := AnswerCache(model.hf_model))
+    try:
+        yield kept
+    finally:
+        _ANSWERS.reset(token)
+
+
+def kept_answers(model: VLM) -> AnswerCache | None:
+    """The cache of the block that runs, if one does for this model."""
+    kept = _ANSWERS.get()
+    return kept if kept is not None and kept.hf_model is model.hf_model else None
 
 
 def continues(settings: dict[str, Any]) -> bool:
@@ -231,13 +303,18 @@ def _read_cache(model: VLM, encoded: dict[str, Any]) -> dict[str, Any] | None:
         if not grows(cache):
             return None
         held = {**tokens, "past_key_values": cache}
-        found = model.hf_model.generate(**_with_copy(held, 1), **settings).logits[0]
+        every = list(range(len(tokens["input_ids"])))
+        found = model.hf_model.generate(**_with_copy(held, 1, every), **settings).logits[0]
         wanted = model.hf_model.generate(**encoded, **settings).logits[0]
     return held if _agree(found, wanted) else None
 
 
-def _with_copy(held: dict[str, Any], room: int) -> dict[str, Any]:
-    return {**held, "past_key_values": with_room(held["past_key_values"], room)}
+def _with_copy(held: dict[str, Any], room: int, rows: list[int]) -> dict[str, Any]:
+    cache = held["past_key_values"]
+    if len(rows) < len(held["input_ids"]):
+        held = {name: value[rows] for name, value in held.items() if name != "past_key_values"}
+        cache = take_rows(cache, rows)
+    return {**held, "past_key_values": with_room(cache, room)}
 
 
 def _bytes_of(cache: Any) -> int:

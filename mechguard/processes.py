@@ -7,6 +7,7 @@ them wait for each other. There is no scheduler here: piece k belongs to process
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -52,6 +53,17 @@ class Processes:
     def own(self, pieces: Sequence[T]) -> list[T]:
         """The pieces of the work that are this process's."""
         return [piece for number, piece in enumerate(pieces) if self.owns(number)]
+
+    def own_of(self, sizes: Sequence[int]) -> set[int]:
+        """The numbers of this process's pieces where these differ in size: the largest are dealt first."""
+        loads = [0] * self.count
+        found = set()
+        for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+            owner = loads.index(min(loads))
+            loads[owner] += sizes[number]
+            if owner == self.rank:
+                found.add(number)
+        return found
 
     def agree(self, well: bool = True) -> None:
         """Wait until all have come here.
@@ -169,6 +181,7 @@ def launch(count: int, work: Callable[..., Any], *given: Any) -> int:
     method = "fork" if "fork" in get_all_start_methods() else "spawn"
     said = get_context(method).Value("b", 0)
     given = (count, _free_port(), said, work, given)
+    gc.freeze()  # what is imported here stays: no use in looking it through in each of them
     context = start_processes(_begin, given, nprocs=count, join=False, start_method=method)
     try:
         while not context.join(grace_period=GRACE):

@@ -144,6 +144,11 @@ class StudyFolder:
         return result
 
     @cached_property
+    def comparisons(self) -> pd.DataFrame | None:
+        """The paired differences of its responses; None where these hold no verdicts."""
+        return compare_responses(self.responses)
+
+    @cached_property
     def figures(self) -> dict[str, go.Figure]:
         """Every figure that the results allow, by name."""
         return dict(self._drawn())
@@ -171,7 +176,7 @@ def write_report(
     """
     study = StudyFolder.read(study_dir)
     behaviour = study.reported("behaviour").table
-    comparisons = compare_responses(study.responses)
+    comparisons = study.comparisons
     environment = Environment(
         loader=PackageLoader("mechguard", "templates"),
         autoescape=True,
@@ -250,7 +255,7 @@ def summarise_study(study: StudyFolder) -> list[str]:
     return summarise(
         found["behaviour"],
         found.get("separability"),
-        comparisons=compare_responses(study.responses),
+        comparisons=study.comparisons,
         transfer=found.get("transfer"),
         gap=found.get("modality_gap"),
         gates=found.get("gates"),

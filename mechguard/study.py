@@ -38,6 +38,7 @@ from mechguard.loading import load
 from mechguard.maps import map_states
 from mechguard.models import VLM
 from mechguard.overlaps import OverlapWarning, warn_of_shared
+from mechguard.prefixes import keeping_answers, sharing_prompts
 from mechguard.processes import alone, find_processes
 from mechguard.projections import project_states, project_tokens
 from mechguard.prompts import Prompts
@@ -236,14 +237,15 @@ class Study:
         def measure() -> Result:
             validation = self.separability().where(split="validation")
             layers = layer_sets(validation, self.vlm.n_layers)
-            first = self._swept(layers=layers, alphas=self.settings.alphas)
-            best = choose(first)
-            by_rank = self._swept(
-                layers=[best["layers"]],
-                alphas=[best["alpha"]],
-                ranks=self.ranks[1:],
-                variants={best["variant"]: VARIANTS[best["variant"]]},
-            )
+            with sharing_prompts(self.vlm), keeping_answers(self.vlm):
+                first = self._swept(layers=layers, alphas=self.settings.alphas)
+                best = choose(first)
+                by_rank = self._swept(
+                    layers=[best["layers"]],
+                    alphas=[best["alpha"]],
+                    ranks=self.ranks[1:],
+                    variants={best["variant"]: VARIANTS[best["variant"]]},
+                )
             return first + by_rank.where(guard="vlm_guard")
 
         return self._kept(Result, "results/sweep", measure, shared=True)
@@ -312,7 +314,12 @@ class Study:
             for name, pieces in bar:
                 bar.set_description(name)
                 self._deal(pieces)
-        self._deal([lambda: self._finish(command, started)])
+        self._deal([lambda: self._describe(command, time.monotonic() - started)])
+        if self.with_circuits:
+            self._deal([lambda: write_report(self.out)])  # before a decision that is not found stops it
+            self._deal([self.circuits])
+            self._deal([lambda: self._describe(command, time.monotonic() - started)])
+        self._deal([self._report, self._figures])
         return self.out / "report.html"
 
     def _steps(self) -> list[tuple[str, list[Callable[[], Any]] | Callable[[], Any]]]:
@@ -348,16 +355,15 @@ class Study:
             for piece in processes.own(pieces):
                 piece()
 
-    def _finish(self, command: str, started: float) -> None:
-        """The facts of the study, its figures and its report, with circuits where they are asked for."""
-        self._describe(command, time.monotonic() - started)
-        if self.with_circuits:
-            write_report(self.out)  # a model whose decision is not found still has its report
-            self.circuits()
-            self._describe(command, time.monotonic() - started)
-        finished = StudyFolder.read(self.out)
-        write_figures(finished)
-        write_report(finished)
+    @cached_property
+    def _finished(self) -> StudyFolder:
+        return StudyFolder.read(self.out)
+
+    def _report(self) -> None:
+        write_report(self._finished)
+
+    def _figures(self) -> None:
+        write_figures(self._finished)
 
     def _setting(self) -> dict[str, Any]:
         chosen = choose(self.sweep())

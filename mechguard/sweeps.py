@@ -25,7 +25,7 @@ from mechguard.guards.steering import AnyGuard
 from mechguard.judges import LOG_ODDS, REFUSAL_OPENINGS, AnyJudge, refusal_log_odds, refusal_token_ids
 from mechguard.ledgers import Ledger
 from mechguard.models import VLM
-from mechguard.prefixes import sharing_prompts
+from mechguard.prefixes import keeping_answers, sharing_prompts
 from mechguard.processes import alone, find_processes
 from mechguard.prompts import Prompts
 from mechguard.responses import default_conditions
@@ -127,7 +127,7 @@ def sweep(
     marks = [digest(*bound, facts) for facts, _ in cells]
     processes = find_processes()
     ledger = Ledger(None if out is None else Path(out), "cell", ("about", "rows"))
-    with ledger.held(), sharing_prompts(model):
+    with ledger.held(), sharing_prompts(model), keeping_answers(model):
         known = ledger.read()
         left = [(mark, guard) for mark, (_, guard) in zip(marks, cells, strict=True) if mark not in known]
         with processes.together(), alone():

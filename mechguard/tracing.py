@@ -28,15 +28,17 @@ from mechguard.guards.steering import AnyGuard, States, Steering
 from mechguard.kv_cache import roomy_cache
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
-from mechguard.prefixes import Prefix, continues, only_last, read_prefix, shared_prompts
+from mechguard.prefixes import Prefix, continues, kept_answers, only_last, read_prefix, shared_prompts
 from mechguard.processes import find_processes
 from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.shards import Store, hash_texts, shard_size_for
+from mechguard.storage import digest
 
 # "auto" starts from so many numbers in one position's states, and halves when memory runs out: small
 # models are bound by the cost of a step, large ones by memory.
 AUTO_BATCH_NUMBERS = 65536
 AUTO_BATCH_LIMITS = (16, 256)
+GREEDY = {"do_sample", "max_new_tokens"}  # settings of a generation that says nothing else
 READING_TOKENS = 32  # for what the VLM reads off a picture
 BatchSize = int | Literal["auto"]
 AnyPrompts = Prompts | Prompt | str | Sequence[Prompt | str]
@@ -316,7 +318,7 @@ def respond_in_batches(
     def work(rows: list[int]) -> list[Response]:
         batch = [sent[row] for row in rows]
         if not parts:
-            return _plain_responses(model, batch, settings)
+            return _unsteered(model, batch, list(range(len(batch))), settings)
         return _guarded_responses(model, batch, parts, teacher or model.llm, settings)
 
     label = f"generate {sent.condition} {'none' if guard is None else guard.name}"
@@ -628,7 +630,7 @@ def _shared_logits(
 
 
 def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, Any]) -> list[Response]:
-    encoded, watch = _encode(model, batch, (), settings), _Watch()
+    encoded, watch = _encode(model, batch, list(range(len(batch))), (), settings), _Watch()
     settings = _with_processors(_with_cache(model, encoded, settings), watch)
     with torch.no_grad():
         sequences = model.hf_model.generate(**encoded, **settings)
@@ -639,8 +641,53 @@ def _plain_responses(model: VLM, batch: Sequence[Prompt], settings: dict[str, An
 def _guarded_responses(
     model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, settings: dict[str, Any]
 ) -> list[Response]:
-    steering, encoded = _begin(model, batch, guards, teacher, settings)
+    """Answers under guards; rows whose gates are all closed are answered without them, if the text tells.
+
+    Sampled batches stay together, for each token is drawn row by row.
+    """
+    if settings["do_sample"] or not all(guard.supervised and guard.gated for guard in guards):
+        return _steered_responses(model, batch, guards, teacher, settings)
+    read = _supervise(model, batch, guards, teacher)
+    gates = read.gates(guards)
+    opened = torch.stack(list(gates.values())).any(0)
+    steered, closed = (torch.nonzero(mask).flatten().tolist() for mask in (opened, ~opened))
+    found: dict[int, Response] = {}
+    if steered:
+        answers = _steered_responses(model, batch, guards, teacher, settings, read, steered)
+        found.update(zip(steered, answers, strict=True))
+    shut = dict.fromkeys(gates, False)
+    for row, answer in zip(closed, _unsteered(model, batch, closed, settings), strict=True):
+        found[row] = replace(answer, gates=shut, extra_passes=read.passes[row])
+    return [found[row] for row in range(len(batch))]
+
+
+def _unsteered(
+    model: VLM, batch: Sequence[Prompt], rows: list[int], settings: dict[str, Any]
+) -> list[Response]:
+    """The plain answers of some rows of a batch; of the whole batch, where it is answered plainly anyway."""
+    kept = kept_answers(model) if set(settings) == GREEDY else None
+    if not rows:
+        return []
+    if kept is None:
+        return _plain_responses(model, [batch[row] for row in rows], settings)
+    key = digest(model.view, Prompts(batch).fingerprint, settings)
+    answers = kept.get(key, lambda: _plain_responses(model, batch, settings), len(rows))
+    return [answers[row] for row in rows]
+
+
+def _steered_responses(
+    model: VLM,
+    batch: Sequence[Prompt],
+    guards: Sequence[Guard],
+    teacher: VLM,
+    settings: dict[str, Any],
+    read: _Supervision | None = None,
+    rows: list[int] | None = None,
+) -> list[Response]:
+    """The answers to some rows of a batch; to all of them by default."""
+    steering, encoded = _begin(model, batch, guards, teacher, settings, read, rows)
     assert steering is not None
+    batch = batch if rows is None else [batch[row] for row in rows]
     watch = _Watch()
     following = [_same_tokens] if steering.shared_pass else []
     settings = _with_processors(_with_cache(model, encoded, settings), watch, *following)
@@ -663,16 +710,11 @@ def _guarded_responses(
     watch.check(batch, shared_pass=steering.shared_pass)
     generated = sequences[: len(batch), encoded["input_ids"].shape[1] :]
     answers = _as_responses(model, generated, steering.gates)
+    streams = steering.shared_pass
     return [
-        replace(answer, extra_passes=read + _teacher_passes(guards, answer.tokens))
-        for answer, read in zip(answers, steering.reading_passes, strict=True)
+        replace(answer, extra_passes=passes + (answer.tokens if streams else 0))
+        for answer, passes in zip(answers, steering.extra_passes, strict=True)
     ]
-
-
-def _teacher_passes(guards: Sequence[Guard], tokens: int) -> int:
-    if any(guard.source == "llm-stream" for guard in guards):
-        return tokens
-    return int(any(guard.supervised for guard in guards))
 
 
 def _with_processors(settings: dict[str, Any], *own: Callable[..., Tensor]) -> dict[str, Any]:
@@ -685,38 +727,45 @@ def _begin(
     guards: Sequence[Guard],
     teacher: VLM,
     settings: dict[str, Any] | None = None,
+    read: _Supervision | None = None,
+    rows: list[int] | None = None,
 ) -> tuple[Steering | None, dict[str, Any]]:
     """Encode a batch and, for guards, bring in what supervises them.
 
     Args:
         settings: of a generation; None for a single pass.
+        read: what supervises the batch, if it was read before.
+        rows: those of the batch that are wanted; all by default.
     """
+    rows = list(range(len(batch))) if rows is None else rows
     if not guards:
-        return None, _encode(model, batch, guards, settings)
-    supervised = [guard for guard in guards if guard.supervised]
-    texts, passes = _supervising_texts(model, batch, supervised) if supervised else ([], [0] * len(batch))
+        return None, _encode(model, batch, rows, guards, settings)
     streams = any(guard.source == "llm-stream" for guard in guards)
-    rows = [*batch, *texts] if streams else list(batch)
-    encoded = _encode(model, rows, guards, settings)
-    states = None
-    if supervised and not streams:
-        layers = sorted({layer for guard in supervised for layer in guard.layers})
-        states = _read_states(model, texts, layers, teacher)
-    where = [mask_positions(model, rows, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
+    read = read or _supervise(model, batch, guards, teacher, states=not streams)
+    sent = [*batch, *read.texts] if streams else batch
+    taken = [*rows, *(len(batch) + row for row in rows)] if streams else rows
+    encoded = _encode(model, sent, taken, guards, settings)
+    batch, read, sent = [batch[row] for row in rows], read.of(rows), [sent[row] for row in taken]
+    states = None if streams else read.states
+    where = [mask_positions(model, sent, encoded, guard.scope.positions)[: len(batch)] for guard in guards]
     steering = Steering(guards, where, teacher_states=states, shared_pass=streams)
-    steering.reading_passes = passes
+    steering.extra_passes = read.passes
     return steering, encoded
 
 
 def _encode(
-    model: VLM, rows: Sequence[Prompt], guards: Sequence[Guard], settings: dict[str, Any] | None
+    model: VLM,
+    batch: Sequence[Prompt],
+    rows: list[int],
+    guards: Sequence[Guard],
+    settings: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """A batch encoded; where prompts are shared, with the keys and values of all tokens but the last."""
+    """Rows of a batch encoded; where prompts are shared, with the keys and values of all tokens but one."""
     shared = shared_prompts()
-    if settings is None or shared is None or not only_last(guards) or not continues(settings):
-        return model.encode_once(rows)
-    room = settings["max_new_tokens"]
-    return shared.inputs(model, Prompts(rows).fingerprint, lambda: model.encode_once(rows), room=room)
+    found = None
+    if settings is not None and shared is not None and only_last(guards) and continues(settings):
+        found = shared.inputs(model, batch, rows, room=settings["max_new_tokens"])
+    return model.encode_once([batch[row] for row in rows]) if found is None else found
 
 
 def _with_cache(model: VLM, encoded: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -724,11 +773,64 @@ def _with_cache(model: VLM, encoded: dict[str, Any], settings: dict[str, Any]) -
     return settings if "past_key_values" in encoded else {**roomy_cache(model.hf_model, settings), **settings}
 
 
+@dataclass(frozen=True)
+class _Supervision:
+    """What supervises the rows of a batch.
+
+    Attributes:
+        texts: what the language model reads; none if it is not asked.
+        passes: how many forward passes of each row it took.
+        states: the language model's, at the end of its texts, by layer; None where the texts ride along.
+    """
+
+    texts: list[Prompt]
+    passes: list[int]
+    states: States | None = None
+
+    def of(self, rows: list[int]) -> _Supervision:
+        """The same for some rows."""
+        states = self.states and {layer: found[rows] for layer, found in self.states.items()}
+        texts = [self.texts[row] for row in rows] if self.texts else []
+        return _Supervision(texts, [self.passes[row] for row in rows], states)
+
+    def gates(self, guards: Sequence[Guard]) -> dict[int, Bool[Tensor, " batch"]]:
+        """For each layer, the rows for which some guard opens."""
+        assert self.states is not None
+        found: dict[int, Bool[Tensor, " batch"]] = {}
+        for guard in guards:
+            for layer in guard.layers:
+                query = self.states[layer]
+                opened = guard.on(query.device).opens(layer, query)
+                found[layer] = found[layer] | opened if layer in found else opened
+        return dict(sorted(found.items()))
+
+
+def _supervise(
+    model: VLM, batch: Sequence[Prompt], guards: Sequence[Guard], teacher: VLM, *, states: bool = True
+) -> _Supervision:
+    supervised = [guard for guard in guards if guard.supervised]
+    if not supervised:
+        return _Supervision([], [0] * len(batch))
+    texts, passes = _supervising_texts(model, batch, supervised)
+    if not states:
+        return _Supervision(texts, passes)
+    layers = sorted({layer for guard in supervised for layer in guard.layers})
+    return _Supervision(texts, [count + 1 for count in passes], _read_states(model, texts, layers, teacher))
+
+
 def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher: VLM) -> States:
     """What the teacher's states are at the end of each text."""
     _check_teacher(teacher, model, layers)
-    found = _trace_states(teacher, texts, layers, "last", (), teacher)
-    return dict(zip(layers, found.to(model.device), strict=True))
+
+    def read() -> Float[Tensor, "layer batch d_model"]:
+        return _trace_states(teacher, texts, layers, "last", (), teacher).to(model.device)
+
+    shared = shared_prompts()
+    if shared is None or teacher is not model.llm:
+        found = read()
+    else:
+        found = shared.states(model, digest(Prompts(texts).fingerprint, layers), read)
+    return dict(zip(layers, found, strict=True))
 
 
 def _supervising_states(

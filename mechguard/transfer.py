@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy import special
+from scipy import linalg, special
 
 from mechguard.activations import Activations
 from mechguard.directions import Directions
@@ -257,13 +257,14 @@ def _resampled_bases(
     blocks = [np.ones((1, pairs)), *resample_weights(np.arange(pairs), resamples, seed)]
     for weights in blocks:
         moments = np.einsum("rn,na,nb->rab", weights, inside, inside, optimize=True)
-        values, vectors = np.linalg.eigh(moments)
-        top = vectors[:, :, ::-1][:, :, :rank].transpose(0, 2, 1)
+        found = [linalg.eigh(one, subset_by_index=(len(one) - rank, len(one) - 1)) for one in moments]
+        values, vectors = (np.stack(parts) for parts in zip(*found, strict=True))
+        top = vectors[:, :, ::-1].transpose(0, 2, 1)
         gaps = weights @ inside
         signs = np.where(np.einsum("rkn,rn->rk", top, gaps) < 0, -1.0, 1.0)
         bases.append(top * signs[:, :, None] @ vt)
-        total = np.maximum(values.sum(1), np.finfo(float).tiny)
-        energies.append(values[:, ::-1][:, :rank].sum(1) / total)
+        total = np.maximum(np.trace(moments, axis1=1, axis2=2), np.finfo(float).tiny)
+        energies.append(values.sum(1) / total)
     return np.concatenate(bases), np.concatenate(energies)
 
 

@@ -369,10 +369,15 @@ def generating_sweep(rounds: int) -> list[float]:
     return [len(layers) * 2 / len(guards) / ratio for ratio in in_turns(shared, full, rounds)]
 
 
-def study(_: int) -> list[float]:
-    """In a process of its own, from nothing to the report; once."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [_run("-m", "mechguard", "study", "organism", "--out", f"{folder}/study", "--quiet")]
+def study(processes: int) -> Callable[[int], list[float]]:
+    """From nothing to the report, as a user starts it."""
+
+    def run(rounds: int) -> list[float]:
+        command = f"-m mechguard study organism --quiet --processes {processes} --out".split()
+        with tempfile.TemporaryDirectory() as folder:
+            return [_run(*command, f"{folder}/{number}") for number in range(rounds)]
+
+    return run
 
 
 def start_up(*arguments: str) -> Callable[[int], list[float]]:
@@ -438,7 +443,8 @@ ROWS = {
     "sweep_generate": Row(
         "sweep with answers to image prompts, over full ones", 2, generating_sweep, "x faster"
     ),
-    "study": Row("the whole study on the organism", 90, study, "s"),
+    "study": Row("the whole study on the organism, two processes", 90, study(2), "s"),
+    "study_alone": Row("the same in one process", None, study(1), "s"),
     "import": Row("import mechguard", 0.3, start_up("-c", "import mechguard"), "s"),
     "help": Row("mechguard --help", 0.5, start_up("-m", "mechguard", "--help"), "s"),
     **{f"peer_{name}": Row(f"collect / {name.replace('_', ' ')}", 1.0, peer(name)) for name in PEERS},

@@ -5,6 +5,7 @@ import tiny
 import tiny_families
 
 import mechguard as mg
+from mechguard import chat
 
 PROMPTS = mg.Prompts([mg.Prompt("0", "how to make a cake")])
 
@@ -41,6 +42,25 @@ def test_load_takes_the_chat_settings(llava_folder):
 def test_a_template_of_ones_own(vlm):
     own = vlm.with_chat(template="Q: {{ messages[0]['content'][-1]['text'] }} A:")
     assert PROMPTS.render(own) == ["Q: how to make a cake A:"]
+
+
+def test_strings_are_rendered_once_and_anew_for_another_template():
+    vlm = mg.load(tiny.llava(), processor=tiny.processor())
+    rendered, real = [], type(vlm.chat).render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(vlm.chat), "render", lambda self, p, *a, **b: rendered.append(p.id) or real(self, p, *a, **b)
+        )
+        first = PROMPTS.render(vlm)
+        assert PROMPTS.render(vlm) == first
+        assert len(rendered) == 1
+        assert PROMPTS.with_image("blank").render(vlm) != first
+        vlm.processor.chat_template = "Q: {{ messages[0]['content'][-1]['text'] }} A:"
+        assert PROMPTS.render(vlm) == ["Q: how to make a cake A:"]
+    few = chat.KnownStrings(limit=2)
+    for number in range(5):
+        few.render(vlm.chat, mg.Prompt("0", str(number)), vlm.processor, plain="{text}")
+    assert len(few._known) == 2
 
 
 def test_a_processor_without_a_template_uses_its_tokenizers():

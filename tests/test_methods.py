@@ -1,5 +1,7 @@
 """Every method of the literature: its formula, and one result whichever way it is run."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from torch.testing import assert_close
 
 import mechguard as mg
 from mechguard import guards as g
+from mechguard import tracing
 
 LAYERS = [0, 1, 2]
 NEW_TOKENS = 6
@@ -471,6 +474,55 @@ def test_a_reading_of_the_picture_joins_the_text_that_supervises(vlm, text, anch
     assert tiny.SPECIAL
 
 
+def gated_at(guard, threshold):
+    """The guard, open where a state lies farther along its direction than that."""
+    return replace(
+        guard, gate=replace(guard.gate, thresholds=torch.full_like(guard.gate.thresholds, threshold))
+    )
+
+
+@pytest.mark.parametrize("source", ["llm", "llm-stream"])
+def test_rows_that_a_guard_leaves_alone_are_answered_without_it(vlm, text, anchors, monkeypatch, source):
+    ssd = mg.fit_directions(text)
+    sent = anchors.with_image("noise")
+    guard = g.vlm_guard(ssd, layers=LAYERS, alpha=4.0, source=source)
+    options = dict(max_new_tokens=NEW_TOKENS, batch_size=len(sent), progress=False)
+    plain = mg.respond(vlm, sent, **options)
+    steered, real = [], tracing._steered_responses
+
+    def listen(model, batch, guards, teacher, settings, read, rows):
+        steered.extend(batch[row].id for row in rows)
+        return real(model, batch, guards, teacher, settings, read, rows)
+
+    monkeypatch.setattr(tracing, "_steered_responses", listen)
+    found = mg.respond(vlm, sent, guard=guard, **options)
+    opened = [any(answer.gates.values()) for answer in found]
+    assert 0 < sum(opened) < len(sent)
+    assert sorted(steered) == sorted(p.id for p, is_open in zip(sent, opened, strict=True) if is_open)
+    for without, answer, is_open in zip(plain, found, opened, strict=True):
+        assert is_open or answer.ids == without.ids
+    alone = [mg.respond(vlm, prompt, guard=guard, **options)[0] for prompt in sent]
+    assert [answer.ids for answer in found] == [answer.ids for answer in alone]
+    assert any(answer.ids != without.ids for answer, without in zip(found, plain, strict=True))
+
+
+def test_answers_without_a_guard_are_written_once(vlm, text, anchors, monkeypatch):
+    guards = [
+        gated_at(g.vlm_guard(mg.fit_directions(text), layers=LAYERS, source="llm"), 1e6).renamed(name)
+        for name in ("one", "two")
+    ]
+    written, real = [], tracing._plain_responses
+    monkeypatch.setattr(tracing, "_plain_responses", lambda *a: written.append(len(a[1])) or real(*a))
+    options = dict(conditions=["blank"], max_new_tokens=3, batch_size=4, progress=False)
+    table = mg.gather_responses(vlm, anchors[:8], guards=[*guards, None], **options)
+    assert written == [4, 4]
+    assert table.groupby("id")["response"].nunique().max() == 1
+    assert (table["seconds"] > 0).all()
+    written.clear()
+    mg.gather_responses(vlm, anchors[:8], guards=guards[:1], **options)
+    assert written == [4, 4]
+
+
 def test_extra_passes_are_counted(vlm, text, anchors):
     ssd = mg.fit_directions(text)
     sent = anchors[:3].with_image("noise")
@@ -482,7 +534,12 @@ def test_extra_passes_are_counted(vlm, text, anchors):
     plain, once = passes(None), passes(g.vlm_guard(ssd, layers=LAYERS, source="llm"))
     assert {extra for extra, _ in plain} == {0}
     assert {extra for extra, _ in once} == {1}
-    assert all(extra == tokens for extra, tokens in passes(g.vlm_guard(ssd, layers=LAYERS)))
+    stream = g.vlm_guard(ssd, layers=LAYERS, gate="always")
+    assert all(extra == tokens for extra, tokens in passes(stream))
+    opened, closed = (gated_at(g.vlm_guard(ssd, layers=LAYERS), far) for far in (-1e6, 1e6))
+    # One pass over the text tells whether a gate opens.
+    assert all(extra == tokens + 1 for extra, tokens in passes(opened))
+    assert {extra for extra, _ in passes(closed)} == {1}
     asked = mg.Prompts([mg.Prompt(p.id, question, image="noise") for p in sent])
     read = mg.respond(vlm, asked, max_new_tokens=32, progress=False)
     first = passes(g.vlm_guard(ssd, layers=LAYERS, source="llm", reads=question))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,9 @@ app(f"evaluate {model} {prompts} --max-new-tokens 3 -q --out {out}/table".split(
 import mechguard as mg
 vlm, asked = mg.load(model), mg.load_prompts(prompts)
 store = f"{out}/responses.jsonl"
+ssd = mg.fit_directions(mg.collect(vlm.llm, asked, progress=False))
+grid = dict(layers=[[0], [1, 2]], alphas=[1.0], conditions=["blank"], max_new_tokens=2, progress=False)
+mg.sweep(vlm, asked[:8], ssd, out=f"{out}/cells.jsonl", **grid).save(f"{out}/sweep-{rank}")
 options = dict(conditions=["text", "blank"], max_new_tokens=3, batch_size=5, progress=False)
 mg.evaluate(vlm, asked, responses=store, **options)
 try:  # what one process refuses, the others refuse too
@@ -87,6 +91,16 @@ def test_two_processes_evaluate_to_the_table_of_one(shared, asked, llava_folder,
     assert not list(shared.glob("*.rank*"))
 
 
+def test_two_processes_sweep_to_the_table_of_one(shared, asked, llava_folder, tmp_path):
+    vlm = mg.load(llava_folder)
+    ssd = mg.fit_directions(mg.collect(vlm.llm, asked, progress=False))
+    grid = dict(layers=[[0], [1, 2]], alphas=[1.0], conditions=["blank"], max_new_tokens=2, progress=False)
+    mg.sweep(vlm, asked[:8], ssd, out=tmp_path / "cells.jsonl", **grid).save(tmp_path / "sweep")
+    wanted = (tmp_path / "sweep.csv").read_bytes()
+    assert [(shared / f"sweep-{rank}.csv").read_bytes() for rank in (0, 1)] == [wanted, wanted]
+    assert (shared / "cells.jsonl").read_bytes() == (tmp_path / "cells.jsonl").read_bytes()
+
+
 def test_what_one_process_refuses_all_refuse(shared):
     assert "their prompts is" in (shared / "refusal-0").read_text()
     assert "another process of this run failed" in (shared / "refusal-1").read_text()
@@ -109,6 +123,42 @@ def test_pieces_are_dealt_in_turn_and_each_once():
     for count in (1, 2, 3):
         owners = [[rank for rank in range(count) if Processes(rank, count).owns(piece)] for piece in range(7)]
         assert owners == [[piece % count] for piece in range(7)]
+
+
+def test_pieces_of_unequal_size_are_dealt_so_that_all_have_as_much():
+    sizes = [150, 150, 200, 200, 200]
+    own = [Processes(rank, 2).own_of(sizes) for rank in (0, 1)]
+    assert own[0] | own[1] == set(range(5))
+    assert not own[0] & own[1]
+    assert sorted(sum(sizes[piece] for piece in one) for one in own) == [400, 500]
+    assert Processes().own_of(sizes) == set(range(5))
+
+
+def test_inside_alone_there_is_no_other_process(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with processes.alone():
+        assert find_processes() == Processes()
+        assert own_device() is not None
+    assert find_processes() == Processes(1, 2)
+
+
+def fall(rank_that_falls: int, how: str) -> None:
+    """The work of a process, one of which falls."""
+    with find_processes().together():
+        if find_processes().rank == rank_that_falls:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise mg.MechguardError("a mistake")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_stops_one_process_stops_all_and_is_said_once(rank, capfd):
+    assert processes.launch(2, fall, rank, "raised") == 2
+    assert capfd.readouterr().err == "mechguard: a mistake\n"
+    with pytest.raises(mg.MechguardError, match=r"was stopped .*SIGKILL.* goes on"):
+        processes.launch(2, fall, rank, "killed")
+    assert processes.launch(2, fall, 2, "raised") == 0
 
 
 def test_the_launcher_says_who_we_are(monkeypatch):

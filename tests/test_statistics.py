@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score, silhouette_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import mechguard.statistics.measures as measures
 from mechguard.statistics import (
     MEASURES,
     adjust_holm,
@@ -60,6 +61,21 @@ def test_auroc_equals_scikit_learns_with_ties():
     negative = random.integers(0, 4, 30).astype(float)
     expected = roc_auc_score([1] * 40 + [0] * 30, np.concatenate([positive, negative]))
     assert auroc(positive, negative) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kinds", [3, 10_000])  # of scores: with ties, and hardly any
+def test_a_resampled_auroc_is_that_of_the_repeated_scores_however_it_is_counted(kinds, monkeypatch):
+    random = np.random.default_rng(0)
+    scores = [random.integers(0, kinds, (2, n)).astype(float) for n in (40, 30)]
+    counts = [random.integers(0, 3, (5, n)).astype(float) for n in (40, 30)]
+    found = auroc(*scores, tuple(counts))
+    for row, draw in np.ndindex(2, 5):
+        repeated = [
+            np.repeat(one[row], times[draw].astype(int)) for one, times in zip(scores, counts, strict=True)
+        ]
+        assert found[row, draw] == pytest.approx(auroc(*repeated))
+    monkeypatch.setattr(measures, "FEW_PAIRS", 0)
+    assert (auroc(*scores, tuple(counts)) == found).all()
 
 
 def test_dprime_of_a_planted_distance():

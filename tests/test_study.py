@@ -1,6 +1,7 @@
 """The whole line on a real architecture read from disk, and the command line around it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from mechguard.study import find_data_folder
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mechguard", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    alike = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=alike)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,38 @@ def test_the_table_holds_every_condition_and_guard_on_the_same_prompts(study):
     assert found == {(c, g) for c in ("text", "blank", "noise") for g in guards}
     assert set(table["n"]) == {8}
     assert set(table["split"]) == {"test"}
+
+
+@pytest.fixture(scope="module")
+def of_two(llava_folder, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "two"
+    settings = ("--max-new-tokens", 4, "--quiet", "--processes", 2)
+    done = run("study", llava_folder, "--data", data, "--out", out, *settings)
+    assert done.stdout.count("report.html") == 1
+    return out
+
+
+def test_two_processes_leave_the_files_of_one(study, of_two):
+    timed = {"responses.jsonl", "study.json"}
+    stamped = {path for path in study.rglob("*.json*") if path.name not in timed}
+    for path in sorted([*study.rglob("*.csv"), *study.rglob("*.safetensors"), *stamped]):
+        found = of_two / path.relative_to(study)
+        if path.name == "sweep.jsonl":  # in the order of the settings, whoever tried them
+            assert sorted(found.read_bytes().splitlines()) == sorted(path.read_bytes().splitlines())
+        else:
+            assert found.read_bytes() == path.read_bytes(), path
+    names = [{path.relative_to(out) for path in out.rglob("*.html")} for out in (study, of_two)]
+    assert names[0] == names[1]
+    assert not list(of_two.rglob("*.rank*"))
+
+
+def test_a_mistake_of_two_processes_is_said_once(study, llava_folder, data):
+    settings = ("--max-new-tokens", 5, "--quiet", "--processes", 2)
+    done = run("study", llava_folder, "--data", data, "--out", study, *settings, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("another settings") == 1, done.stderr
+    assert "another process" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_layers_are_chosen_on_validation_and_reported_on_test(study):

@@ -18,7 +18,17 @@ PACKAGE = Path(mg.__file__).parent
 ROWS = [
     {"errors", "thumbnails", "cards"},
     {"storage", "processes"},
-    {"shards", "result", "prompts", "families", "interventions", "caching", "pictures", "kv_cache"},
+    {
+        "ledgers",
+        "shards",
+        "result",
+        "prompts",
+        "families",
+        "interventions",
+        "caching",
+        "pictures",
+        "kv_cache",
+    },
     {"overlaps", "statistics", "moments"},
     {"datasets", "activations", "organism", "plots", "chat", "checkpoints", "processors"},
     {"models", "directions", "summary", "findings", "judges"},

@@ -138,6 +138,11 @@ class Guard:
         """Whether q comes from the language model."""
         return self.source in ("llm", "llm-stream")
 
+    @property
+    def gated(self) -> bool:
+        """Whether it may leave some rows alone."""
+        return self.gate is not None and self.gate.word != "always"
+
     def opens(self, layer: int, query: Float[Tensor, "batch d_model"]) -> Bool[Tensor, " batch"]:
         """The gate, row by row, from the state that supervises at the end of the prompt."""
         if self.gate is None:

@@ -33,7 +33,7 @@ class Steering:
         self.where = list(where)
         self.teacher_states = teacher_states
         self.shared_pass = shared_pass
-        self.reading_passes = [0] * len(self.where[0])  # forward passes of each row that read its picture
+        self.extra_passes = [0] * len(self.where[0])  # of each row, before its own
         self.held: States = {}
         self.decided: dict[tuple[int, int], Bool[Tensor, " batch"]] = {}
         self.alike: dict[tuple[int, int], bool | None] = {}  # all rows open, all closed, or None

@@ -7,6 +7,7 @@ A resample draws whole clusters and is kept as a row of counts, never as copies 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ Clusters = Sequence[Any] | Int[ndarray, " n"]
 Bounds = tuple[Float[ndarray, "*rows"], Float[ndarray, "*rows"]]
 
 
+@lru_cache(maxsize=4096)
 def wilson_interval(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval of a rate; (0, 1) when nothing was observed."""
     if n == 0:

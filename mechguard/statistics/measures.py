@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 
+FEW_PAIRS = 2**20  # pairs of a positive and a negative example that are compared one with one
 Scores = Float[ndarray, "*rows examples"]
 Weights = Float[ndarray, "draws examples"]  # how often each example counts; zero leaves it out
 Values = Float[ndarray, "*rows draws"]  # without weights, one per row
@@ -35,7 +36,9 @@ def auroc(positive: Scores, negative: Scores, weights: tuple[Weights, Weights] |
         above = stats.rankdata(scores, axis=-1)[..., :count].sum(-1) - count * (count + 1) / 2
         return np.asarray(above / (count * negative.shape[-1]))
     first, second = weights
-    rows = [_weighted_auroc(row, count, first, second) for row in scores.reshape(-1, scores.shape[-1])]
+    few = count * negative.shape[-1] <= FEW_PAIRS
+    count_wins = _compared_auroc if few else _sorted_auroc
+    rows = [count_wins(row, count, first, second) for row in scores.reshape(-1, scores.shape[-1])]
     return np.stack(rows).reshape(*scores.shape[:-1], len(first))
 
 
@@ -78,9 +81,19 @@ def overlap(positive: Scores, negative: Scores, weights: tuple[Weights, Weights]
 MEASURES: dict[str, Measure] = {"auroc": auroc, "dprime": dprime, "fisher": fisher, "overlap": overlap}
 
 
-def _weighted_auroc(
+def _compared_auroc(
     scores: Float[ndarray, " both"], count: int, first: Weights, second: Weights
 ) -> Float[ndarray, " draws"]:
+    """By comparing each with each: one product of matrices, for groups that are not large."""
+    positive, negative = scores[:count, None], scores[count:]
+    wins = (positive > negative) + (positive == negative) / 2
+    return _share_of_pairs(np.einsum("rn,rn->r", first @ wins, second), first, second)
+
+
+def _sorted_auroc(
+    scores: Float[ndarray, " both"], count: int, first: Weights, second: Weights
+) -> Float[ndarray, " draws"]:
+    """By sorting both: memory does not grow with their product."""
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] > ordered[:-1]])  # of every run of ties
@@ -90,8 +103,11 @@ def _weighted_auroc(
         positive = np.add.reduceat(positive, starts, axis=1)
         negative = np.add.reduceat(negative, starts, axis=1)
     below = np.cumsum(negative, axis=1) - negative / 2
+    return _share_of_pairs(np.einsum("rn,rn->r", positive, below), first, second)
+
+
+def _share_of_pairs(above: Float[ndarray, " draws"], first: Weights, second: Weights) -> ndarray:
     totals = first.sum(1) * second.sum(1)
-    above = np.einsum("rn,rn->r", positive, below)
     return np.divide(above, totals, out=np.full(len(first), 0.5), where=totals > 0)
 
 
