@@ -156,7 +156,12 @@ def collect_on_the_organism(rounds: int) -> list[float]:
     prompts = (mg.load_prompts("organism/malicious") + mg.load_prompts("organism/benign"))[:: 300 // 200]
     prompts = prompts[: bench_models.PROMPTS]
     rendered = model.render(list(prompts))
-    return in_turns(lambda: mg.collect(model, prompts, **QUIET), lambda: plain_pass(model, rendered), rounds)
+
+    def work() -> None:
+        forget(model)
+        mg.collect(model, prompts, **QUIET)
+
+    return in_turns(work, lambda: plain_pass(model, rendered), rounds)
 
 
 def peak_memory(work: Work) -> int:
@@ -196,8 +201,11 @@ def pictured(count: int) -> mg.Prompts:
     return mg.Prompts([mg.Prompt(str(i), text, own_image=Image.fromarray(one)) for i, (text, one) in rows])
 
 
-def forget_pictures(model: mg.VLM) -> None:
-    model.__dict__.pop("picture_features", None)
+def forget(model: mg.VLM) -> None:
+    """Pictures and strings that the round before has left."""
+    for known in (model, model.llm):
+        for name in ("picture_features", "_strings"):
+            vars(known).pop(name, None)
 
 
 def three_views(rounds: int) -> list[float]:
@@ -205,11 +213,12 @@ def three_views(rounds: int) -> list[float]:
     views = [prompts, prompts.with_image("blank"), prompts.with_image("image")]
 
     def shared() -> None:
-        forget_pictures(model)
+        forget(model)
         for part, sent in zip((model.llm, model, model), views, strict=True):
             mg.collect(part, sent, **QUIET)
 
     def each() -> None:
+        forget(model)
         counts = model.count_tokens(list(prompts))
         order = sorted(range(len(prompts)), key=counts.__getitem__)
         with torch.no_grad():
@@ -281,7 +290,7 @@ def gated_guard(source: str) -> Callable[[int], list[float]]:
         plain_text = [prompt.text for prompt in prompts]
 
         def work() -> None:
-            forget_pictures(model)
+            forget(model)
             guarded(model, prompts, guard)
 
         def plain() -> None:
@@ -347,7 +356,7 @@ def generating_sweep(rounds: int) -> list[float]:
     ]
 
     def shared() -> None:
-        forget_pictures(model)
+        forget(model)
         mg.sweep(
             model,
             prompts,
