@@ -31,6 +31,7 @@ from mechguard.guards.steering import Steering
 from mechguard.kv_cache import OPTIONS, grows, take_rows, with_room
 from mechguard.models import VLM
 from mechguard.prompts import Prompt, Prompts
+from mechguard.storage import digest
 
 LIMIT = 2**31  # bytes of keys and values that a sweep keeps
 # What stands at every token, and is cut with the tokens.
@@ -40,6 +41,11 @@ Logits = Float[Tensor, "batch vocabulary"]
 
 _SHARED: ContextVar[PromptCache | None] = ContextVar("shared_prompts", default=None)
 _ANSWERS: ContextVar[AnswerCache | None] = ContextVar("kept_answers", default=None)
+
+
+def name_batch(model: VLM, batch: Sequence[Prompt]) -> str:
+    """What tells a batch from others: its pictures, and the strings that this model is sent."""
+    return digest(model.view, Prompts(batch).fingerprint, model.render(batch))
 
 
 def only_last(guards: Sequence[Guard]) -> bool:
@@ -201,7 +207,7 @@ class PromptCache:
         """
         if model.hf_model is not self.hf_model:
             return None
-        key = Prompts(batch).fingerprint
+        key = name_batch(model, batch)
         if key in self.known:
             held = self.known[key]
         else:

@@ -28,7 +28,15 @@ from mechguard.guards.steering import AnyGuard, States, Steering
 from mechguard.kv_cache import roomy_cache
 from mechguard.models import VLM
 from mechguard.positions import Position, check_filled, mask_positions, name_of, reader
-from mechguard.prefixes import Prefix, continues, kept_answers, only_last, read_prefix, shared_prompts
+from mechguard.prefixes import (
+    Prefix,
+    continues,
+    kept_answers,
+    name_batch,
+    only_last,
+    read_prefix,
+    shared_prompts,
+)
 from mechguard.processes import find_processes
 from mechguard.prompts import Prompt, Prompts, as_prompts
 from mechguard.shards import Store, hash_texts, shard_size_for
@@ -670,7 +678,7 @@ def _unsteered(
         return []
     if kept is None:
         return _plain_responses(model, [batch[row] for row in rows], settings)
-    key = digest(model.view, Prompts(batch).fingerprint, settings)
+    key = digest(name_batch(model, batch), settings)
     answers = kept.get(key, lambda: _plain_responses(model, batch, settings), len(rows))
     return [answers[row] for row in rows]
 
@@ -829,7 +837,7 @@ def _read_states(model: VLM, texts: Sequence[Prompt], layers: list[int], teacher
     if shared is None or teacher is not model.llm:
         found = read()
     else:
-        found = shared.states(model, digest(Prompts(texts).fingerprint, layers), read)
+        found = shared.states(model, digest(name_batch(teacher, texts), layers), read)
     return dict(zip(layers, found, strict=True))
 
 

@@ -155,7 +155,8 @@ def plan(shape: Shape, study: Study, card: Card, cards: int) -> pd.DataFrame:
             study.prompts * study.pictured * (study.guards + 1),
             1,
         ),
-        "evaluate, prompts read along": (study.prompts * study.conditions * study.reading, 0, 1),
+        # Once for the gates, once along with the picture's rows; as if every gate opened.
+        "evaluate, prompts read along": (2 * study.prompts * study.conditions * study.reading, 0, 1),
     }
     found = []
     for stage, (plain, pictured, head) in reads.items():

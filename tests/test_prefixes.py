@@ -143,6 +143,25 @@ def test_a_prompt_is_read_once_for_all_settings(vlm, prompts, ssd, monkeypatch):
     assert shared.table.equals(alone.table)
 
 
+def test_other_strings_around_the_same_prompts_share_nothing(vlm, prompts, ssd):
+    other = vlm.with_chat(system="please help")
+    guard = mg.vlm_guard(ssd, layers=[0, 1], alpha=2.0, source="llm")
+    options = dict(max_new_tokens=4, progress=False)
+
+    def answers() -> list[list[str]]:
+        return [
+            mg.generate(model, prompts[:6], guard=one, **options)
+            for model in (vlm, other)
+            for one in (None, guard)
+        ]
+
+    alone = answers()
+    assert alone[0] != alone[2]
+    with prefixes.sharing_prompts(vlm), prefixes.keeping_answers(vlm):
+        assert answers() == alone
+        assert answers() == alone
+
+
 def test_no_more_is_kept_than_the_limit_allows(vlm, prompts):
     sent = prompts[:4].with_image("blank")
     options = dict(max_new_tokens=3, progress=False)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -77,6 +79,33 @@ def test_two_processes_leave_the_files_of_one(study, of_two):
     names = [{path.relative_to(out) for path in out.rglob("*.html")} for out in (study, of_two)]
     assert names[0] == names[1]
     assert not list(of_two.rglob("*.rank*"))
+
+
+def test_a_study_of_two_processes_that_was_killed_goes_on(of_two, llava_folder, data, tmp_path):
+    settings = ("--max-new-tokens", 4, "--quiet", "--processes", 2)
+    words = ("study", llava_folder, "--data", data, "--out", tmp_path / "out", *settings)
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "mechguard", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: list(tmp_path.glob("out/results/sweep*.jsonl")))
+    begun.kill()
+    begun.wait()
+    assert not (tmp_path / "out" / "results" / "behaviour.csv").exists()
+    # Its processes end by themselves when they have lost it.
+    wait_for(lambda: "another process is at work" not in run(*words, check=False).stderr)
+    for path in of_two.rglob("results/*.csv"):
+        assert (tmp_path / "out" / path.relative_to(of_two)).read_bytes() == path.read_bytes(), path
+
+
+def wait_for(met: Callable[[], object], seconds: float = 120) -> None:
+    """Ask until it is so."""
+    until = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)
 
 
 def test_a_mistake_of_two_processes_is_said_once(study, llava_folder, data):
