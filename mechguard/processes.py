@@ -132,13 +132,17 @@ def find_processes() -> Processes:
     Raises:
         MechguardError: the environment's numbers do not fit each other.
     """
+    return Processes() if _ALONE.get() else _read_environment()
+
+
+def _read_environment() -> Processes:
     words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not all(word.isdigit() for word in words) or not int(words[0]) < int(words[1]):
         raise MechguardError(
             f"the environment says RANK={words[0]!r} of WORLD_SIZE={words[1]!r}; start with torchrun, "
             "which sets both"
         )
-    return Processes() if _ALONE.get() else Processes(int(words[0]), int(words[1]))
+    return Processes(int(words[0]), int(words[1]))
 
 
 @contextmanager
@@ -153,7 +157,7 @@ def alone() -> Iterator[None]:
 
 def launched() -> bool:
     """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _read_environment().count > 1
 
 
 def launch(count: int, work: Callable[..., Any], *given: Any) -> int:

@@ -174,6 +174,10 @@ def test_the_launcher_says_who_we_are(monkeypatch):
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(mg.MechguardError, match="RANK='8' of WORLD_SIZE='8'"):
         find_processes()
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    for asked in (find_processes, own_device):
+        with pytest.raises(mg.MechguardError, match="WORLD_SIZE='many'"):
+            asked()
 
 
 def test_one_process_waits_for_nobody(monkeypatch):
